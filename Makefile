@@ -1,0 +1,51 @@
+# Every target sets everything up in .venv first, once; a second call sets nothing up again.
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: setup demo test lint types claims bench docs fmt clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Sterna needs Python 3.11 or newer; name one: make PYTHON=python3.12"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all,dev]'
+	@touch $(READY)
+
+demo: $(READY)
+	@rm -rf runs/demo
+	$(BIN)/sterna compare digits.sync digits.fp16 digits.terngrad digits.terngrad_dense \
+	  --workers 4 --seeds 3 --out runs/demo
+
+test: $(READY) lint types
+	$(BIN)/pytest -m "not slow" -n 2 --dist loadgroup
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+
+types: $(READY)
+	$(BIN)/mypy
+
+claims: $(READY)
+	$(BIN)/pytest -m slow tests/claims -s
+
+bench: $(READY)
+	$(BIN)/python benchmarks/codecs.py
+	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/links.py
+
+docs: $(READY)
+	$(BIN)/mkdocs build --strict
+
+fmt: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build site

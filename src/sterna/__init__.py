@@ -1,0 +1,80 @@
+"""Sterna trains deep networks with less, and proves every saving in one ledger.
+
+The names below are loaded when they are first used, so that ``import sterna`` costs nothing.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sterna.codecs import ErrorFeedback, Fp16, Identity, TernGrad
+    from sterna.comm.distributed import Distributed
+    from sterna.comm.in_process import run_in_process
+    from sterna.comm.launch import launch
+    from sterna.comm.solo import Solo
+    from sterna.data.examples import Dataset, Examples
+    from sterna.exchange.all_reduce import AllReduce
+    from sterna.exchange.ddp_hook import register
+    from sterna.exchange.local import Local
+    from sterna.ledger import Ledger, Spent
+    from sterna.loop import Record, fit
+    from sterna.objectives import CrossEntropy
+    from sterna.replica import Replica
+    from sterna.runs.run import Run
+    from sterna.samplers import Shuffle
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "AllReduce": "exchange.all_reduce",
+    "CrossEntropy": "objectives",
+    "Dataset": "data.examples",
+    "Distributed": "comm.distributed",
+    "ErrorFeedback": "codecs",
+    "Examples": "data.examples",
+    "Fp16": "codecs",
+    "Identity": "codecs",
+    "Ledger": "ledger",
+    "Local": "exchange.local",
+    "Record": "loop",
+    "Replica": "replica",
+    "Run": "runs.run",
+    "Shuffle": "samplers",
+    "Solo": "comm.solo",
+    "Spent": "ledger",
+    "TernGrad": "codecs",
+    "fit": "loop",
+    "launch": "comm.launch",
+    "register": "exchange.ddp_hook",
+    "run_in_process": "comm.in_process",
+}
+
+__all__ = [
+    "AllReduce",
+    "CrossEntropy",
+    "Dataset",
+    "Distributed",
+    "ErrorFeedback",
+    "Examples",
+    "Fp16",
+    "Identity",
+    "Ledger",
+    "Local",
+    "Record",
+    "Replica",
+    "Run",
+    "Shuffle",
+    "Solo",
+    "Spent",
+    "TernGrad",
+    "fit",
+    "launch",
+    "register",
+    "run_in_process",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"sterna.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'sterna' has no attribute {name!r}")

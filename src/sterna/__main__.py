@@ -1,0 +1,5 @@
+"""``python -m sterna``; for ``torchrun -m sterna run ...``."""
+
+from sterna.cli import main
+
+main()

@@ -1,0 +1,326 @@
+"""What each command does."""
+
+import ast
+import os
+import pkgutil
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+import sterna
+from sterna.cli.flags import CompareFlags, ListFlags, ReportFlags, ResumeFlags, RunFlags, parse
+from sterna.comm.distributed import Distributed
+from sterna.comm.in_process import run_in_process
+from sterna.comm.launch import WorkerFailed, explains_itself, launch
+from sterna.comm.solo import Solo
+from sterna.runs.compare import Comparison, compare, write_comparison
+from sterna.runs.conclusion import conclusion
+from sterna.runs.experiment import UnknownExperiment, all_experiments, resolve
+from sterna.runs.files import StoreError, read_json
+from sterna.runs.table import ComparisonTable, run_table
+from sterna.runs.worker import FORMAT, Request, build, work
+
+_METHOD_PACKAGES = ("codecs", "exchange", "objectives", "samplers")
+
+
+class UsageError(ValueError):
+    """The command line cannot be carried out as typed."""
+
+
+def dispatch(arguments: Sequence[str]) -> int:
+    """Carry out one command; the exit status: 0 done, 1 failed, 2 typed wrongly, 130 interrupted."""
+    console = Console(stderr=True)
+    signal.signal(signal.SIGTERM, _terminated)
+    command, *rest = arguments
+    commands: Mapping[str, Callable[[list[str]], None]] = {
+        "run": _run,
+        "compare": _compare,
+        "report": _report,
+        "list": _list,
+    }
+    try:
+        if command not in commands:
+            raise UsageError(f"There is no command {command!r}; there is {', '.join(commands)}.")
+        commands[command](rest)
+    except KeyboardInterrupt:
+        console.print("[bold]Interrupted.[/bold]")
+        return 130
+    except (UsageError, UnknownExperiment) as error:
+        return _complain(console, error, 2)
+    except (ValueError, RuntimeError, OSError, LookupError, TypeError) as error:
+        if isinstance(error, WorkerFailed) and error.details:
+            console.print(error.details, markup=False, highlight=False)
+        elif not isinstance(error, WorkerFailed) and not explains_itself(error):
+            console.print(traceback.format_exc(), markup=False, highlight=False)
+        return _complain(console, error, 1)
+    return 0
+
+
+def _complain(console: Console, error: Exception, status: int) -> int:
+    text = str(error.args[0]) if isinstance(error, LookupError) and error.args else str(error)
+    console.print(f"[bold red]error:[/bold red] {escape(text)}", highlight=False, soft_wrap=True)
+    return status
+
+
+def _terminated(signum: int, frame: object) -> None:
+    raise SystemExit(128 + signum)
+
+
+def _run(arguments: list[str]) -> None:
+    """``sterna run``."""
+    if any(a == "--resume" or a.startswith("--resume=") for a in arguments):
+        flags, _ = parse(ResumeFlags, [], arguments, "sterna run")
+        summary, folder = _resume(flags)
+    else:
+        if not arguments or arguments[0].startswith("-"):
+            if {"-h", "--help"} & set(arguments):
+                parse(RunFlags, [], ["--help"], "sterna run EXPERIMENT")
+            raise UsageError("sterna run needs an EXPERIMENT first; `sterna list` shows them.")
+        name, *rest = arguments
+        flags, (values,) = parse(RunFlags, [resolve(name)], rest, f"sterna run {name}")
+        folder = flags.out or Path("runs") / f"{_file_name(name)}-{time.strftime('%Y%m%d-%H%M%S')}"
+        if _under_torchrun() and flags.out is None:
+            raise UsageError(
+                "Under torchrun, name the run folder with --out: the same on every host."
+            )
+        request = Request(
+            experiment=name,
+            arguments=values,
+            folder=folder,
+            seed=flags.seed,
+            checkpoint_every=flags.checkpoint_every,
+            device=flags.device,
+            quiet=flags.quiet,
+        )
+        _refuse_existing(folder)
+        summary = _execute(request, flags.workers, flags.engine, flags.max_restarts, flags.timeout)
+    if not _under_torchrun() or os.environ["RANK"] == "0":
+        console = Console()
+        console.print(run_table(summary))
+        console.print(f"Run folder: {folder}", highlight=False)
+
+
+def _resume(flags: ResumeFlags) -> tuple[Mapping[str, Any], Path]:
+    folder = flags.resume
+    about = read_json(folder / "run.json", "a run folder")
+    if about.get("format") != FORMAT:
+        raise StoreError(
+            f"{folder / 'run.json'} has format {about.get('format')!r}; this version of Sterna "
+            f"({sterna.__version__}) reads format {FORMAT}. Resume with the version that wrote it."
+        )
+    function, typed = resolve(about["experiment"]), []
+    for key, value in about["arguments"].items():
+        if value is None or value is False:
+            continue
+        typed.append(f"--{key.replace('_', '-')}")
+        if value is not True:
+            typed += [str(v) for v in value] if isinstance(value, list) else [str(value)]
+    _, (values,) = parse(RunFlags, [function], typed, f"sterna run {about['experiment']}")
+    request = Request(
+        experiment=about["experiment"],
+        arguments=values,
+        folder=folder,
+        seed=about["seed"],
+        checkpoint_every=about["checkpoint_every"],
+        device=about["device"],
+        quiet=flags.quiet,
+    )
+    engine = "in-process" if about["engine"] == "in_process" else "processes"
+    return _execute(request, about["workers"], engine, flags.max_restarts, flags.timeout), folder
+
+
+def _execute(
+    request: Request, workers: int, engine: str, max_restarts: int, timeout_s: float
+) -> Mapping[str, Any]:
+    """Run it on the transport that fits; the summary."""
+    if workers < 1:
+        raise UsageError(f"--workers must be at least 1; got {workers}.")
+    if max_restarts < 0:
+        raise UsageError(f"--max-restarts must be 0 or more; got {max_restarts}.")
+    summary: Mapping[str, Any]
+    try:
+        if _under_torchrun():
+            comm = Distributed.connect(timeout_s=timeout_s)
+            summary = work(comm, request)
+            comm.close()
+        elif workers == 1:
+            summary = work(Solo(), request)
+        elif engine == "in-process":
+            run = build(request)
+            summary = run_in_process(lambda comm: work(comm, request, run), workers, request.seed)[
+                0
+            ]
+        else:
+            summary = launch(
+                work,
+                (request,),
+                workers=workers,
+                max_restarts=max_restarts,
+                timeout_s=timeout_s,
+                on_restart=lambda reason: Console(stderr=True).print(
+                    f"{reason}; starting again from the last checkpoint", highlight=False
+                ),
+            )
+    except (KeyboardInterrupt, Exception):
+        _say_what_is_saved(request.folder)
+        raise
+    return summary
+
+
+def _say_what_is_saved(folder: Path) -> None:
+    steps = sorted(folder.glob("checkpoint/step-*/rank-0.safetensors"))
+    if steps:
+        step = int(steps[-1].parent.name.removeprefix("step-"))
+        text = f"Saved up to step {step}; go on with: sterna run --resume {folder}"
+        Console(stderr=True).print(text, highlight=False, soft_wrap=True)
+
+
+def _under_torchrun() -> bool:
+    return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ)
+
+
+def _refuse_existing(folder: Path) -> None:
+    """A new run must not write into an old one."""
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    leads = os.environ.get("RANK", "0") == "0"
+    if leads and not restarted and (folder / "run.json").exists():
+        raise StoreError(
+            f"{folder} holds a run already; choose another --out, or go on with it: "
+            f"sterna run --resume {folder}"
+        )
+
+
+def _compare(arguments: list[str]) -> None:
+    """``sterna compare``."""
+    names: list[str] = []
+    while arguments and not arguments[0].startswith("-"):
+        names.append(arguments.pop(0))
+    if len(names) < 2 and not {"-h", "--help"} & set(arguments):
+        raise UsageError("sterna compare needs two EXPERIMENTs or more, before any flag.")
+    if len(set(names)) < len(names):
+        raise UsageError("sterna compare: an experiment is named twice.")
+    functions = [resolve(name) for name in names]
+    flags, values = parse(CompareFlags, functions, arguments, "sterna compare EXPERIMENT ...")
+    if flags.seeds < 1:
+        raise UsageError(f"--seeds must be at least 1; got {flags.seeds}.")
+    folder = flags.out or Path("runs") / f"compare-{time.strftime('%Y%m%d-%H%M%S')}"
+    if (folder / "compare.json").exists():
+        raise StoreError(f"{folder} holds a comparison already; choose another --out.")
+    console = Console(stderr=True, quiet=flags.quiet)
+    summaries: list[dict[str, Any]] = []
+    first = Request(experiment="", arguments={}, folder=folder, device=flags.device, quiet=True)
+    for seed in range(flags.seeds):  # seed by seed, so that a busy machine slows all alike
+        for name, given in zip(names, values, strict=True):
+            request = replace(
+                first,
+                experiment=name,
+                arguments=given,
+                folder=folder / _file_name(name) / f"seed-{seed}",
+                seed=seed,
+                quiet=flags.quiet or not console.is_terminal,
+            )
+            _refuse_existing(request.folder)
+            summary = _execute(request, flags.workers, flags.engine, 0, flags.timeout)
+            console.print(
+                f"{len(summaries) + 1:>3}/{flags.seeds * len(names)}  {name}  seed {seed}  "
+                f"{summary['wall_s']:.1f} s",
+                highlight=False,
+            )
+            summaries.append({**summary, "run": str(request.folder.relative_to(folder))})
+    from sterna.runs.report import write_report
+
+    comparison = compare(summaries, names[0])
+    write_comparison(folder, comparison)
+    _show(comparison, write_report([folder], folder / "report.html"))
+
+
+def _show(comparison: Comparison, page: Path) -> None:
+    console = Console()
+    for sentence in conclusion(comparison):
+        console.print(sentence, highlight=False)
+    console.print(ComparisonTable(comparison))
+    console.print(f"Report: {page}", highlight=False, soft_wrap=True)
+
+
+def _report(arguments: list[str]) -> None:
+    """``sterna report``."""
+    flags, _ = parse(ReportFlags, [], arguments, "sterna report")
+    if not flags.runs:
+        raise UsageError("sterna report needs a RUN folder or more.")
+    from sterna.runs.report import side_by_side, write_report
+
+    page = write_report(flags.runs, flags.out or flags.runs[0] / "report.html")
+    _show(side_by_side(flags.runs)[1], page)
+
+
+def _list(arguments: list[str]) -> None:
+    """``sterna list``."""
+    flags, _ = parse(ListFlags, [], arguments, "sterna list")
+    console = Console()
+    if flags.what in ("all", "experiments"):
+        table = Table("experiment", "what it trains", box=None, title_justify="left")
+        for name, function in all_experiments().items():
+            table.add_row(name, _first_line(function.__doc__))
+        console.print(table)
+    if flags.what in ("all", "methods"):
+        table = Table("method", "what it does", "paper", box=None)
+        for name, lead, paper in methods():
+            table.add_row(name, lead, paper)
+        console.print(table)
+
+
+def methods() -> list[tuple[str, str, str]]:
+    """Name, one line and paper of every method module, read from its docstring.
+
+    A method module is one with ``EXAMPLES`` at its foot, which is also how the laws find it.
+    """
+    found = []
+    root = Path(sterna.__file__).parent
+    for package in _METHOD_PACKAGES:
+        for module in pkgutil.iter_modules([str(root / package)]):
+            parsed = ast.parse((root / package / f"{module.name}.py").read_text(encoding="utf-8"))
+            assigned = [n for n in parsed.body if isinstance(n, ast.Assign | ast.AnnAssign)]
+            targets = {t.id for n in assigned for t in _targets(n) if isinstance(t, ast.Name)}
+            if "EXAMPLES" in targets:
+                text = ast.get_docstring(parsed) or ""
+                found.append((f"{package}.{module.name}", _first_line(text), _reference(text)))
+    return found
+
+
+def _targets(node: ast.Assign | ast.AnnAssign) -> list[ast.expr]:
+    return node.targets if isinstance(node, ast.Assign) else [node.target]
+
+
+def _first_line(text: str | None) -> str:
+    return (text or "").strip().partition("\n")[0]
+
+
+def _reference(text: str) -> str:
+    """The ``Reference:`` paragraph of a module docstring, on one line."""
+    _, found, rest = text.partition("Reference:")
+    if not found:
+        return ""
+    lines: list[str] = []
+    for line in rest.splitlines():
+        if lines and not line.startswith((" ", "\t")):
+            break
+        lines.append(line.strip())
+    return " ".join(lines).strip()
+
+
+def _file_name(experiment: str) -> str:
+    """An experiment's name as a folder name."""
+    return Path(experiment).name.replace(":", ".").replace(".py.", ".")
+
+
+if sys.platform == "win32":  # pragma: no cover
+    raise RuntimeError("Sterna runs on Linux and macOS: the fork server is POSIX only.")

@@ -1,0 +1,171 @@
+"""The flags of the commands: those of every run, and those that an experiment's signature gives."""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, make_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+import docstring_parser
+import tyro
+
+Engine = Literal["processes", "in-process"]
+_arg = tyro.conf.arg
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFlags:
+    """Flags of ``sterna run`` beside the experiment's own."""
+
+    workers: Annotated[int, _arg(help="number of worker processes on this machine")] = 1
+    seed: Annotated[int, _arg(help="seeds initialisation, data order and every coin")] = 0
+    out: Annotated[
+        Path | None, _arg(help="run folder; default: runs/<experiment>-<date>-<time>")
+    ] = None
+    engine: Annotated[
+        Engine, _arg(help="real processes, or all workers in this process, repeatable to the bit")
+    ] = "processes"
+    max_restarts: Annotated[
+        int, _arg(help="how many failed workers to survive, from the last checkpoint")
+    ] = 0
+    checkpoint_every: Annotated[
+        int, _arg(help="steps between checkpoints; 0: at the end of every epoch")
+    ] = 0
+    timeout: Annotated[
+        float, _arg(help="seconds after which a worker that does not answer counts as lost")
+    ] = 300.0
+    device: Annotated[str, _arg(help="where the model lives: cpu, cuda")] = "cpu"
+    quiet: Annotated[bool, _arg(help="show no progress")] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareFlags:
+    """Flags of ``sterna compare`` beside the experiments' own."""
+
+    workers: Annotated[int, _arg(help="number of workers of every run")] = 4
+    seeds: Annotated[int, _arg(help="runs per experiment, with seeds 0, 1, ...")] = 3
+    out: Annotated[Path | None, _arg(help="folder; default: runs/compare-<date>-<time>")] = None
+    engine: Annotated[
+        Engine, _arg(help="real processes, or all workers in this process, repeatable to the bit")
+    ] = "processes"
+    timeout: Annotated[
+        float, _arg(help="seconds after which a worker that does not answer counts as lost")
+    ] = 300.0
+    device: Annotated[str, _arg(help="where the model lives: cpu, cuda")] = "cpu"
+    quiet: Annotated[bool, _arg(help="show no progress")] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResumeFlags:
+    """Flags of ``sterna run --resume``; all else is as the run folder says."""
+
+    resume: Annotated[Path, _arg(help="run folder to go on with")]
+    max_restarts: Annotated[int, _arg(help="how many failed workers to survive")] = 0
+    timeout: Annotated[
+        float, _arg(help="seconds after which a worker that does not answer counts as lost")
+    ] = 300.0
+    quiet: Annotated[bool, _arg(help="show no progress")] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportFlags:
+    """Flags of ``sterna report``."""
+
+    runs: Annotated[
+        tuple[Path, ...], tyro.conf.Positional, _arg(help="run folders, or a comparison's folder")
+    ]
+    out: Annotated[
+        Path | None, _arg(help="the HTML file; default: report.html in the first folder")
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListFlags:
+    """Flags of ``sterna list``."""
+
+    what: Annotated[
+        Literal["all", "experiments", "methods"], tyro.conf.Positional, _arg(help="what to list")
+    ] = "all"
+
+
+def experiment_fields(function: Callable[..., Any], optional: bool) -> list[tuple[str, Any, Any]]:
+    """Name, type and default of each parameter, for `make_dataclass`, with its help.
+
+    The help comes from the ``Args:`` of the function, or else of its module.
+
+    Args:
+        function: the experiment.
+        optional: add None to each type and make it the default: "as the experiment says".
+
+    Raises:
+        TypeError: a parameter has no type or no default, or is positional.
+    """
+    module = inspect.getmodule(function)
+    texts = [(module.__doc__ if module else None) or "", function.__doc__ or ""]
+    documented = {p.arg_name: p for text in texts for p in docstring_parser.parse(text).params}
+    hints = get_type_hints(function, include_extras=True)
+    found: list[tuple[str, Any, Any]] = []
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind is not parameter.KEYWORD_ONLY or name not in hints:
+            raise TypeError(
+                f"{function.__name__}: an experiment takes typed keyword parameters only, so that "
+                f"they can be flags; {name!r} is not one. Write (*, {name}: <type> = <default>)."
+            )
+        text = documented[name].description if name in documented else ""
+        kind = hints[name]
+        default = (
+            field() if parameter.default is parameter.empty else field(default=parameter.default)
+        )
+        if optional:
+            kind, default = kind | None, field(default=None)
+        found.append((name, Annotated[kind, _arg(help=" ".join((text or "").split()))], default))
+    return found
+
+
+def parse(
+    flags: type[Any], functions: Sequence[Callable[..., Any]], arguments: Sequence[str], title: str
+) -> tuple[Any, list[dict[str, Any]]]:
+    """Parse a command line made of a command's flags and the parameters of experiments.
+
+    Args:
+        flags: the command's dataclass.
+        functions: the experiments; with more than one, a flag goes to each that has it.
+        arguments: what the user typed.
+        title: the command, for the help.
+
+    Returns:
+        The command's flags, and the keyword arguments for each of ``functions``.
+
+    Raises:
+        SystemExit: help was asked for, or a flag is unknown or malformed.
+    """
+    own = {f.name for f in fields(flags)}
+    several = len(functions) > 1
+    extra: dict[str, tuple[str, Any, Any]] = {}
+    for function in functions:
+        for name, kind, default in experiment_fields(function, optional=several):
+            if name in own:
+                raise TypeError(
+                    f"{function.__name__}: the parameter {name!r} is a flag of the command itself; "
+                    "give it another name."
+                )
+            extra.setdefault(name, (name, kind, default))
+    common = [
+        (f.name, get_type_hints(flags, include_extras=True)[f.name], _field_default(f))
+        for f in fields(flags)
+    ]
+    combined = make_dataclass("Flags", [*extra.values(), *common], kw_only=True, frozen=True)
+    about = inspect.getdoc(functions[0]) if len(functions) == 1 else None
+    lead = (about or inspect.getdoc(flags) or "").partition("\n\nArgs:")[0]
+    parsed: Any = tyro.cli(combined, args=list(arguments), prog=title, description=lead)
+    values: Mapping[str, Any] = {name: getattr(parsed, name) for name in extra}
+    per_function = []
+    for function in functions:
+        names = inspect.signature(function).parameters
+        given = {n: v for n, v in values.items() if n in names}
+        per_function.append({n: v for n, v in given.items() if not (several and v is None)})
+    return flags(**{name: getattr(parsed, name) for name in own}), per_function
+
+
+def _field_default(f: Any) -> Any:
+    return field() if f.default is MISSING else field(default=f.default)

@@ -1,0 +1,46 @@
+"""The mean over workers of named tensors, sent through a codec.
+
+Where the sum of messages decodes to the sum of what they say, the engine's all-reduce adds them on the
+way: 2 (N-1)/N of a message per worker. Otherwise each worker gathers the N messages and decodes their
+mean, N-1 messages per worker, in rank order on every worker, so that all hold the same bits.
+"""
+
+import torch
+
+from sterna.flat import Flat, Named
+from sterna.seams import Averaging, Codec, Comm, State
+
+
+def mean(
+    named: Named, codec: Codec, state: State, comm: Comm, rng: torch.Generator
+) -> tuple[Flat, State]:
+    """Mean of ``named`` over all workers, equal to the bit on each of them.
+
+    Args:
+        named: this worker's tensors; their memory may be overwritten.
+        codec: what travels.
+        state: the codec's state on this worker.
+        comm: the transport.
+        rng: the codec's coins; must differ between workers.
+
+    Returns:
+        The mean, and the codec's next state.
+
+    Raises:
+        NotFinite: a tensor of this worker holds NaN or infinity.
+        PeerLost: another worker failed.
+    """
+    message, state = codec.encode(named, state, comm, rng)
+    if codec.summable:
+        for buffer in message.buffers.values():
+            comm.sum_(buffer.div_(comm.size))
+        return Flat.of(codec.decode(message, named)), state
+    messages = comm.gather(message)
+    if isinstance(codec, Averaging):
+        return Flat.of(codec.decode_mean(messages, named)), state
+    first, *others = (Flat.of(codec.decode(received, named)) for received in messages)
+    result = first.clone()
+    for other in others:
+        result.buffer += other.buffer
+    result.buffer /= comm.size
+    return result, state

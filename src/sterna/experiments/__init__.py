@@ -1,0 +1,1 @@
+"""Full configurations: one function each, which returns a `sterna.runs.run.Run`."""

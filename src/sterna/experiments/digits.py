@@ -1,0 +1,65 @@
+"""Scikit-learn's handwritten digits, which come with it: 8x8 pixels, 1,437 to train and 360 to test on.
+
+A network of 64-128-64-10 units, momentum 0.9; the rate falls with the square root of what is left, as in
+TernGrad's experiments. The batch is shared among the workers, so their number does not change the work.
+
+Args:
+    epochs: passes over the training examples.
+    lr: learning rate at the start.
+    batch_size: examples per step over all workers.
+    clip: clip each tensor's gradient at this many standard deviations; none: no clipping.
+    share_scalers: one scaler per tensor for all workers, or each its own.
+"""
+
+from functools import partial
+
+from torch.optim import SGD
+
+from sterna.codecs import Fp16, Identity, TernGrad
+from sterna.data import digits
+from sterna.exchange.all_reduce import AllReduce
+from sterna.models import MLP
+from sterna.runs.run import Run
+from sterna.schedules import Polynomial
+from sterna.seams import Codec
+
+
+def _run(codec: Codec, epochs: int, lr: float, batch_size: int) -> Run:
+    return Run(
+        data=digits.load(),
+        model=partial(MLP, (64, 128, 64, 10)),
+        optimizer=partial(SGD, lr=lr, momentum=0.9),
+        exchange=AllReduce(codec=codec),
+        schedule=Polynomial(power=0.5),
+        epochs=epochs,
+        batch_size=batch_size,
+    )
+
+
+def sync(*, epochs: int = 30, lr: float = 0.05, batch_size: int = 64) -> Run:
+    """Synchronous data parallelism: the mean of all gradients, in float32."""
+    return _run(Identity(), epochs, lr, batch_size)
+
+
+def fp16(*, epochs: int = 30, lr: float = 0.05, batch_size: int = 64) -> Run:
+    """Gradients travel as 16-bit floats."""
+    return _run(Fp16(), epochs, lr, batch_size)
+
+
+def terngrad(
+    *,
+    epochs: int = 30,
+    lr: float = 0.05,
+    batch_size: int = 64,
+    clip: float | None = 2.5,
+    share_scalers: bool = True,
+) -> Run:
+    """TernGrad: gradients travel as -1, 0 or 1 in 2 bits each, and one float per tensor."""
+    return _run(TernGrad(clip=clip, share_scalers=share_scalers), epochs, lr, batch_size)
+
+
+def terngrad_dense(
+    *, epochs: int = 30, lr: float = 0.05, batch_size: int = 64, clip: float | None = 2.5
+) -> Run:
+    """TernGrad with five codes to a byte: 1.6 bits each."""
+    return _run(TernGrad(clip=clip, dense=True), epochs, lr, batch_size)

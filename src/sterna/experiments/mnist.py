@@ -1,0 +1,87 @@
+"""MNIST: handwritten digits, 28x28 pixels, 60,000 to train and 10,000 to test on.
+
+LeNet, with the settings of TernGrad's experiments: batch 64 over all workers, momentum 0.9, weight decay
+5e-4 (added on each worker, never sent), and a rate that falls with the square root of what is left.
+
+Args:
+    data_dir: folder with the files; default: the environment's STERNA_DATA, then the user's cache, then
+        the network.
+    epochs: passes over the training examples.
+    lr: learning rate at the start.
+    batch_size: examples per step over all workers.
+    clip: clip each tensor's gradient at this many standard deviations; none: no clipping.
+    share_scalers: one scaler per tensor for all workers, or each its own.
+"""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from torch.optim import SGD
+
+from sterna.codecs import Fp16, Identity, TernGrad
+from sterna.data import mnist
+from sterna.exchange.all_reduce import AllReduce
+from sterna.exchange.local import Local
+from sterna.models import LeNet5
+from sterna.runs.run import Run
+from sterna.schedules import Polynomial
+from sterna.seams import Codec
+
+
+def _run(codec: Codec, data_dir: Path | None, epochs: int, lr: float, batch_size: int) -> Run:
+    return Run(
+        data=mnist.load(data_dir),
+        model=LeNet5,
+        optimizer=partial(SGD, lr=lr, momentum=0.9, weight_decay=5e-4),
+        exchange=AllReduce(codec=codec),
+        schedule=Polynomial(power=0.5),
+        epochs=epochs,
+        batch_size=batch_size,
+    )
+
+
+def sync(
+    *, data_dir: Path | None = None, epochs: int = 10, lr: float = 0.01, batch_size: int = 64
+) -> Run:
+    """Synchronous data parallelism: the mean of all gradients, in float32."""
+    return _run(Identity(), data_dir, epochs, lr, batch_size)
+
+
+def fp16(
+    *, data_dir: Path | None = None, epochs: int = 10, lr: float = 0.01, batch_size: int = 64
+) -> Run:
+    """Gradients travel as 16-bit floats."""
+    return _run(Fp16(), data_dir, epochs, lr, batch_size)
+
+
+def terngrad(
+    *,
+    data_dir: Path | None = None,
+    epochs: int = 10,
+    lr: float = 0.01,
+    batch_size: int = 64,
+    clip: float | None = 2.5,
+    share_scalers: bool = True,
+) -> Run:
+    """TernGrad: gradients travel as -1, 0 or 1 in 2 bits each, and one float per tensor."""
+    return _run(TernGrad(clip=clip, share_scalers=share_scalers), data_dir, epochs, lr, batch_size)
+
+
+def terngrad_dense(
+    *,
+    data_dir: Path | None = None,
+    epochs: int = 10,
+    lr: float = 0.01,
+    batch_size: int = 64,
+    clip: float | None = 2.5,
+) -> Run:
+    """TernGrad with five codes to a byte: 1.6 bits each."""
+    return _run(TernGrad(clip=clip, dense=True), data_dir, epochs, lr, batch_size)
+
+
+def lenet(
+    *, data_dir: Path | None = None, epochs: int = 10, lr: float = 0.01, batch_size: int = 64
+) -> Run:
+    """One worker, nothing exchanged: the network by itself."""
+    return replace(_run(Identity(), data_dir, epochs, lr, batch_size), exchange=Local())

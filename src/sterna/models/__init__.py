@@ -1,0 +1,8 @@
+"""Models: small networks, plain ``nn.Module`` that ``torch.fx`` can trace."""
+
+from sterna.models.cnn import SmallCNN
+from sterna.models.lenet import LeNet5
+from sterna.models.mlp import MLP
+from sterna.models.resnet import ResNet
+
+__all__ = ["MLP", "LeNet5", "ResNet", "SmallCNN"]

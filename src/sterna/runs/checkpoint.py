@@ -1,0 +1,126 @@
+"""Checkpoints: all that a worker needs to end where the uninterrupted run would have ended.
+
+Every worker writes its own file, whole or not at all: ``checkpoint/step-00000120/rank-0.safetensors``.
+So no file system need be shared between machines. The two newest steps are kept; the workers go on from
+the newest step that all of them can read.
+"""
+
+import contextlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from sterna.ledger import Spent
+from sterna.loop import Streams
+from sterna.replica import Replica
+from sterna.runs import tree
+from sterna.runs.files import StoreError, write_whole
+from sterna.seams import Comm, Message, Sampler
+
+FORMAT = 1
+_KEEP = 2
+
+
+def save(folder: Path, replica: Replica, sampler: Sampler, streams: Streams, comm: Comm) -> Path:
+    """Write this worker's checkpoint of the current step, and drop the third newest.
+
+    Raises:
+        StoreError: the disk is full or not writable; older checkpoints are untouched.
+    """
+    values = {
+        "step": replica.step,
+        "model": dict(replica.model.state_dict()),
+        "optimizer": replica.optimizer.state_dict(),
+        "sampler": sampler.state_dict(),
+        "state": {slot: dict(named) for slot, named in streams.state.items()},
+        "objective_rng": streams.objective.get_state(),
+        "exchange_rng": streams.exchange.get_state(),
+        "global_rng": torch.get_rng_state(),
+        "ledger": asdict(comm.ledger.spent()),
+    }
+    tensors, rest = tree.split(values)
+    header = {"format": str(FORMAT), "tree": json.dumps(rest)}
+    path = folder / f"step-{replica.step:08d}" / f"rank-{comm.rank}.safetensors"
+    write_whole(path, lambda beside: save_file(tensors, beside, metadata=header))
+    for old in _steps(folder, comm.rank)[:-_KEEP]:
+        _path(folder, old, comm.rank).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not empty yet, or another rank was quicker
+            (folder / f"step-{old:08d}").rmdir()
+    return path
+
+
+def restore(folder: Path, replica: Replica, sampler: Sampler, streams: Streams, comm: Comm) -> bool:
+    """Go back to the newest step that every worker can read; False where there is none.
+
+    Raises:
+        StoreError: the file was written by another version, or does not fit the model.
+    """
+    step = _agree_on_step(folder, comm)
+    if step is None:
+        return False
+    path = _path(folder, step, comm.rank)
+    with safe_open(path, framework="pt") as file:
+        rest = json.loads(file.metadata()["tree"])
+        values = tree.join({key: file.get_tensor(key) for key in file.keys()}, rest)  # noqa: SIM118
+    try:
+        replica.model.load_state_dict(values["model"])
+        replica.optimizer.load_state_dict(values["optimizer"])
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise StoreError(
+            f"{path} does not fit the model: {' '.join(str(error).split())[:300]} Resume with the "
+            "code and arguments that wrote it, or start a new run."
+        ) from error
+    replica.step = values["step"]
+    sampler.load_state_dict(values["sampler"])
+    streams.state = values["state"]
+    streams.objective.set_state(values["objective_rng"])
+    streams.exchange.set_state(values["exchange_rng"])
+    torch.set_rng_state(values["global_rng"])
+    comm.ledger.reset(Spent(**values["ledger"]))
+    return True
+
+
+def _path(folder: Path, step: int, rank: int) -> Path:
+    return folder / f"step-{step:08d}" / f"rank-{rank}.safetensors"
+
+
+def _steps(folder: Path, rank: int) -> list[int]:
+    return sorted(
+        int(path.parent.name.removeprefix("step-"))
+        for path in folder.glob(f"step-*/rank-{rank}.safetensors")
+    )
+
+
+def _readable(path: Path) -> bool:
+    """Whether the file is whole (a safetensors header says how long it must be).
+
+    Raises:
+        StoreError: it is whole but of another format.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            found: Any = (file.metadata() or {}).get("format")
+    except (SafetensorError, OSError):
+        return False
+    if found != str(FORMAT):
+        raise StoreError(
+            f"{path} has checkpoint format {found}; this version of Sterna reads format {FORMAT}. "
+            "Resume with the version that wrote it (run.json names it), or start a new run."
+        )
+    return True
+
+
+def _agree_on_step(folder: Path, comm: Comm) -> int | None:
+    """The newest step that every worker holds whole, or None."""
+    steps = [s for s in _steps(folder, comm.rank) if _readable(_path(folder, s, comm.rank))]
+    offer = torch.tensor([-1, -1, *steps][-_KEEP - 1 :], dtype=torch.int64)
+    offer = torch.cat([offer.new_full((_KEEP + 1 - len(offer),), -1), offer])
+    with comm.ledger.paused():
+        offers = [m.buffers["steps"].tolist() for m in comm.gather(Message({"steps": offer}))]
+    common = set(offers[0]).intersection(*offers[1:]) - {-1}
+    return max(common) if common else None

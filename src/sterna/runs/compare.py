@@ -1,0 +1,298 @@
+"""Runs side by side: what each experiment reached and spent, and how far that is from a baseline.
+
+The score and its confidence interval are taken over the seeds (``estimate``). The difference to
+the baseline is taken seed by seed, over the seeds that both have, so what a seed does to both
+cancels; its p-value is that of the two-sided paired t-test. Intervals and p-values are not
+corrected for the number of experiments. A ratio is the baseline's mean over this experiment's
+mean: 16 for bits means 16 times fewer.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sterna.runs.estimate import Difference, Estimate, estimate, paired
+from sterna.runs.files import StoreError, read_json, write_json
+
+FORMAT = 1
+SCORES = {"accuracy": True, "perplexity": False, "return": True}
+"""The figures that say how good a run became, the preferred first; and whether higher is better."""
+FIGURES = (
+    "loss",
+    "bits_sent",
+    "bits_received",
+    "messages",
+    "compute_s",
+    "wait_s",
+    "wall_s",
+    "steps",
+    "examples",
+    "staleness_mean",
+    "staleness_max",
+    "peak_memory_bytes",
+    "peak_activation_bytes",
+    "parameters",
+    "multiply_adds",
+    "model_bits",
+)
+"""The figures of ``summary.json`` that are averaged over seeds."""
+
+Summary = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statistic:
+    """One experiment over its seeds.
+
+    Args:
+        experiment: its name.
+        baseline: the name of the experiment that it is compared with.
+        seeds: in rising order.
+        score_name: a key of `SCORES`; None where no run reports one.
+        score: the score over the seeds where it is finite; None where there is none.
+        difference: score minus the baseline's; None for the baseline itself and where no seed has
+            both.
+        means: mean over seeds of every figure in `FIGURES`; None where a seed has no finite value.
+        ratios: baseline's mean over this mean; None where either is missing or zero.
+    """
+
+    experiment: str
+    baseline: str
+    seeds: tuple[int, ...]
+    score_name: str | None
+    score: Estimate | None
+    difference: Difference | None
+    means: Mapping[str, float | None]
+    ratios: Mapping[str, float | None]
+
+    @property
+    def num_seeds(self) -> int:
+        """How many seeds."""
+        return len(self.seeds)
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether the others are compared with this one."""
+        return self.experiment == self.baseline
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Which way the score improves."""
+        return self.score_name is None or SCORES[self.score_name]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What ``compare.json`` holds: the runs, their statistics, and what to keep in mind."""
+
+    baseline: str
+    confidence: float
+    runs: tuple[Summary, ...]
+    statistics: tuple[Statistic, ...]
+    cautions: tuple[str, ...]
+
+
+def number(summary: Summary, key: str) -> float | None:
+    """A figure of a summary; None where it is missing, null, NaN or infinite.
+
+    Raises:
+        ValueError: the figure is no number.
+    """
+    value = summary.get(key)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"summary.json: {key} must be a number or null, got {value!r}")
+    return float(value) if math.isfinite(value) else None
+
+
+def statistics(
+    summaries: Sequence[Summary], baseline: str, confidence: float = 0.95
+) -> list[Statistic]:
+    """One `Statistic` per experiment, in the order of first appearance, the baseline first.
+
+    Args:
+        summaries: what ``summary.json`` of each run holds.
+        baseline: the experiment to compare with.
+        confidence: probability that an interval covers the mean, in (0, 1).
+
+    Raises:
+        ValueError: no runs; the baseline is not among the experiments; an experiment has a seed
+            twice; a run names no experiment or seed; a figure is no number.
+    """
+    if not 0 < confidence < 1:
+        raise ValueError(f"compare: confidence must be in (0, 1), got {confidence}")
+    groups = _by_experiment(summaries)
+    if not groups:
+        raise ValueError("compare: there are no runs; name at least one")
+    if baseline not in groups:
+        raise ValueError(
+            f"compare: the baseline {baseline!r} is not among the experiments; "
+            f"choose one of {', '.join(groups)}"
+        )
+    base = groups[baseline]
+    base_means = {figure: _mean(base, figure) for figure in FIGURES}
+    base_score = _score_name(base)
+    found = []
+    for experiment in sorted(groups, key=lambda name: name != baseline):
+        runs = groups[experiment]
+        name = _score_name(runs)
+        scores = _scores(runs, name)
+        difference = None
+        if experiment != baseline and name == base_score:
+            others = _scores(base, name)
+            common = [seed for seed in scores if seed in others]
+            difference = paired([scores[seed] - others[seed] for seed in common], confidence)
+        means = {figure: _mean(runs, figure) for figure in FIGURES}
+        ratios = {}
+        for figure, mean in means.items():
+            of_base = base_means[figure]
+            ratios[figure] = of_base / mean if mean and of_base else None
+        found.append(
+            Statistic(
+                experiment=experiment,
+                baseline=baseline,
+                seeds=tuple(runs),
+                score_name=name,
+                score=estimate(list(scores.values()), confidence),
+                difference=difference,
+                means=means,
+                ratios=ratios,
+            )
+        )
+    return found
+
+
+def cautions(summaries: Sequence[Summary], baseline: str) -> list[str]:
+    """What makes a comparison less than fair, one sentence each; empty where nothing does."""
+    groups = _by_experiment(summaries)
+    found = []
+    for key, consequence in (
+        ("data", "the scores do not compare"),
+        ("epochs", "neither the scores nor the costs compare"),
+        ("workers", "totals over workers do not compare"),
+        ("engine", "seconds do not compare"),
+    ):
+        values: dict[str, None] = {}
+        for runs in groups.values():
+            for summary in runs.values():
+                if summary.get(key) is not None:
+                    values[str(summary[key])] = None
+        if len(values) > 1:
+            found.append(f"The runs differ in {key} ({', '.join(values)}): {consequence}.")
+    base = groups.get(baseline, {})
+    names = {experiment: _score_name(runs) for experiment, runs in groups.items()}
+    for experiment, runs in groups.items():
+        name = names[experiment]
+        bad = [seed for seed in runs if seed not in _scores(runs, name)]
+        if name is None:
+            found.append(f"{experiment} reports no score.")
+        elif bad:
+            found.append(
+                f"{experiment}: no finite {name} for {_seeds(bad)}, left out of its mean: "
+                "the mean looks better than the method is."
+            )
+        if name is not None and names.get(baseline) not in (None, name):
+            found.append(
+                f"{experiment} reports {name}, {baseline} {names[baseline]}: no difference."
+            )
+        if base and set(runs) != set(base):
+            common = [seed for seed in runs if seed in base]
+            paired_by = f"paired over {_seeds(common)}" if common else "no seed in common, no pairs"
+            found.append(f"{experiment} ran on other seeds than {baseline}: {paired_by}.")
+        if any(
+            isinstance(summary.get("loss"), float) and not math.isfinite(summary["loss"])
+            for summary in runs.values()
+        ):
+            found.append(f"{experiment}: the loss of a run is not finite, it diverged.")
+    return found
+
+
+def compare(summaries: Sequence[Summary], baseline: str, confidence: float = 0.95) -> Comparison:
+    """Statistics and cautions of some runs. Raises what `statistics` raises."""
+    return Comparison(
+        baseline=baseline,
+        confidence=confidence,
+        runs=tuple(summaries),
+        statistics=tuple(statistics(summaries, baseline, confidence)),
+        cautions=tuple(cautions(summaries, baseline)),
+    )
+
+
+def write_comparison(folder: Path, comparison: Comparison) -> Path:
+    """Write ``compare.json`` into a folder; NaN and infinity become null."""
+    path = folder / "compare.json"
+    write_json(path, {"format": FORMAT, **asdict(comparison)})
+    return path
+
+
+def read_comparison(folder: Path) -> Comparison:
+    """Read ``compare.json``; the statistics are computed anew from the runs in it.
+
+    Raises:
+        StoreError: the file is missing, no comparison, or of another format version.
+    """
+    path = folder / "compare.json"
+    content = read_json(path, "a comparison folder")
+    require_format(path, content, FORMAT, "sterna compare")
+    try:
+        return compare(content["runs"], content["baseline"], content.get("confidence", 0.95))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise StoreError(
+            f"{path} is incomplete or wrong: {error!r}. Run `sterna compare` again."
+        ) from error
+
+
+def require_format(path: Path, content: Summary, known: int, command: str) -> None:
+    """Refuse a file that another version of Sterna wrote."""
+    written = content.get("format")
+    if written != known:
+        raise StoreError(
+            f"{path} has format {written!r}; this version of Sterna reads format {known}. Read it "
+            f"with the version that wrote it, or run `{command}` again."
+        )
+
+
+def _by_experiment(summaries: Sequence[Summary]) -> dict[str, dict[int, Summary]]:
+    groups: dict[str, dict[int, Summary]] = {}
+    for summary in summaries:
+        experiment, seed = summary.get("experiment"), summary.get("seed")
+        if not isinstance(experiment, str) or not isinstance(seed, int):
+            raise ValueError(
+                "compare: a summary must name its experiment and its seed, "
+                f"got experiment {experiment!r}, seed {seed!r}"
+            )
+        if seed in groups.setdefault(experiment, {}):
+            raise ValueError(
+                f"compare: {experiment} has seed {seed} twice; leave one of the two runs out"
+            )
+        groups[experiment][seed] = summary
+    return {name: dict(sorted(runs.items())) for name, runs in groups.items()}
+
+
+def _score_name(runs: Mapping[int, Summary]) -> str | None:
+    for name in SCORES:
+        if any(summary.get(name) is not None for summary in runs.values()):
+            return name
+    return None
+
+
+def _scores(runs: Mapping[int, Summary], name: str | None) -> dict[int, float]:
+    found = {}
+    for seed, summary in runs.items():
+        value = None if name is None else number(summary, name)
+        if value is not None:
+            found[seed] = value
+    return found
+
+
+def _mean(runs: Mapping[int, Summary], key: str) -> float | None:
+    values = [number(summary, key) for summary in runs.values()]
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if len(known) == len(values) else None
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    return ("seed " if len(seeds) == 1 else "seeds ") + ", ".join(map(str, seeds))

@@ -1,0 +1,117 @@
+"""What a comparison shows, in plain words, and no more than it shows."""
+
+from collections.abc import Sequence
+
+from sterna.runs import figures
+from sterna.runs.compare import Comparison, Statistic, Summary, number
+
+
+def conclusion(comparison: Comparison) -> list[str]:
+    """One or two sentences on every experiment but the baseline; on the only one, what it did."""
+    base, *others = comparison.statistics
+    if others:
+        return [_against(statistic, base, comparison.confidence) for statistic in others]
+    return [_alone(base, comparison)]
+
+
+def _against(statistic: Statistic, base: Statistic, confidence: float) -> str:
+    costs = [part for part in (_bits(statistic, base), _time(statistic, base)) if part]
+    text = f"{statistic.experiment} {' and '.join(costs)}. " if costs else ""
+    whose = "Its" if costs else f"{statistic.experiment}: the"
+    return text + _score(statistic, base, confidence, whose)
+
+
+def _bits(statistic: Statistic, base: Statistic) -> str:
+    mine, of_base = statistic.means["bits_sent"], base.means["bits_sent"]
+    if mine is None or of_base is None:
+        return ""
+    if mine == of_base:
+        return f"sent as many bits as {base.experiment}"
+    if not mine:
+        return f"sent nothing, {base.experiment} {figures.megabits(of_base)} Mbit"
+    if not of_base:
+        return f"sent {figures.megabits(mine)} Mbit, {base.experiment} nothing"
+    ratio = of_base / mine
+    if ratio >= 1.05:
+        return f"sent {_times(ratio)} times fewer bits than {base.experiment}"
+    if ratio <= 1 / 1.05:
+        return f"sent {_times(1 / ratio)} times as many bits as {base.experiment}"
+    return f"sent about as many bits as {base.experiment}"
+
+
+def _time(statistic: Statistic, base: Statistic) -> str:
+    ratio = statistic.ratios["wall_s"]
+    if ratio is None:
+        return ""
+    longer = 1 / ratio - 1
+    if abs(longer) < 0.025:
+        return "took about as long"
+    if longer >= 1:
+        return f"took {_times(1 / ratio)} times as long"
+    return f"took {abs(longer):.0%} {'more' if longer > 0 else 'less'} time".replace("%", " %")
+
+
+def _score(statistic: Statistic, base: Statistic, confidence: float, whose: str) -> str:
+    name, found = statistic.score_name, statistic.difference
+    if found is None or name is None:
+        return f"{whose} score cannot be compared with that of {base.experiment}."
+    unit = " points" if name == "accuracy" else ""
+    size = f"{figures.points(abs(found.mean), name)}{unit}"
+    way = "higher" if found.mean > 0 else "lower"
+    by = f"{size} {way}" if found.mean else "the same"
+    if found.low is None or found.high is None:
+        return (
+            f"{whose} {name} was {by} with the one seed that was run, "
+            "which cannot tell a difference from chance."
+        )
+    seeds = f"{found.num} seeds"
+    if found.low == found.high:
+        return f"{whose} {name} was {by} with each of the {seeds}."
+    ends = f"{figures.points(found.low, name)} to {figures.points(found.high, name)}"
+    interval = f"{confidence * 100:.4g} % interval {ends}, {seeds}"
+    if found.shown:
+        return f"{whose} {name} was {by} ({interval})."
+    return f"{whose} {name} was {by} ({interval}): the seeds do not show a difference."
+
+
+def _alone(statistic: Statistic, comparison: Comparison) -> str:
+    name, score, means = statistic.score_name, statistic.score, statistic.means
+    unit = " %" if name == "accuracy" else ""
+    if score is None or name is None:
+        text = f"{statistic.experiment} reports no score"
+    else:
+        of = f"{statistic.experiment} reached {_article(name)} {name} of"
+        text = f"{of} {figures.points(score.mean, name)}{unit}"
+        if score.low is not None and score.high is not None:
+            ends = f"{figures.points(score.low, name)} to {figures.points(score.high, name)}"
+            text += f" ({comparison.confidence * 100:.4g} % interval {ends}, {score.num} seeds)"
+    epochs = _common(comparison.runs, "epochs")
+    if epochs is not None:
+        text += f" in {figures.count(epochs)} epoch{'s' * (epochs != 1)}"
+    workers = _common(comparison.runs, "workers")
+    if workers == 1 and not means["bits_sent"]:
+        text += ". Its one worker sent nothing"
+    elif workers is not None and means["bits_sent"] is not None:
+        sent = f"{figures.megabits(means['bits_sent'])} Mbit"
+        text += f". Its {figures.count(workers)} workers sent {sent}"
+        if means["messages"] is not None:
+            text += f" in {figures.count(means['messages'])} messages"
+    if means["wall_s"] is not None:
+        text += f". Training took {figures.seconds(means['wall_s'])} s"
+        compute, wait = means["compute_s"], means["wait_s"]
+        if compute is not None and wait is not None and compute + wait > 0 and workers != 1:
+            text += f", {100 * wait / (compute + wait):.0f} % of it waiting"
+    return text + "."
+
+
+def _common(runs: Sequence[Summary], key: str) -> float | None:
+    values = {number(run, key) for run in runs}
+    return values.pop() if len(values) == 1 else None
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.2f}" if ratio < 1.95 else f"{ratio:,.1f}" if ratio < 999.5 else f"{ratio:,.0f}"
+
+
+def _article(word: str) -> str:
+    return "an" if word[0] in "aeiou" else "a"

@@ -1,0 +1,49 @@
+"""Test loss and accuracy, shared among the workers."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from sterna.data.examples import Examples
+from sterna.flat import Flat
+from sterna.seams import Comm
+
+_BATCH = 1000
+
+
+def evaluate(model: nn.Module, examples: Examples, comm: Comm) -> tuple[float, float]:
+    """Mean cross entropy and accuracy (fraction) of a classifier over all ``examples``.
+
+    Each worker takes every N-th batch; the counts are added up, and nothing of it is accounted.
+    The model comes back in the mode it was in.
+    """
+    was_training, device = model.training, next(model.parameters()).device
+    model.eval()
+    tally = torch.zeros(3, dtype=torch.float64)
+    with torch.no_grad():
+        for index in torch.split(torch.arange(len(examples)), _BATCH)[comm.rank :: comm.size]:
+            batch = examples[index]
+            logits = model(batch.inputs.to(device))
+            targets = batch.targets.to(device)
+            loss = F.cross_entropy(logits, targets, reduction="sum")
+            correct = (logits.argmax(dim=-1) == targets).sum()
+            tally += torch.tensor([float(loss), float(correct), float(len(index))])
+    model.train(was_training)
+    with comm.ledger.paused():
+        comm.sum_(tally)
+    loss_sum, correct_sum, count = tally.tolist()
+    return loss_sum / count, correct_sum / count
+
+
+def average_buffers(model: nn.Module, comm: Comm) -> None:
+    """Replace the floating-point buffers (batch-norm statistics) by their mean over the workers.
+
+    Gradients are exchanged, buffers are not, so each worker's statistics come from its own examples.
+    """
+    buffers = {name: b for name, b in model.named_buffers() if b.is_floating_point()}
+    if not buffers or comm.size == 1:
+        return
+    flat = Flat.of(buffers)
+    comm.sum_(flat.buffer.div_(comm.size))
+    for name, buffer in buffers.items():
+        buffer.copy_(flat[name])

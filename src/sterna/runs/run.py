@@ -1,0 +1,58 @@
+"""What is run: the value that an experiment returns."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from sterna.data.examples import Dataset
+from sterna.exchange.all_reduce import AllReduce
+from sterna.objectives.cross_entropy import CrossEntropy
+from sterna.schedules import Constant
+from sterna.seams import Exchange, Objective
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One full configuration of training: data, model, what is minimised, and how replicas agree.
+
+    Args:
+        data: training and test examples.
+        model: builds the model; called with the same random state on every worker.
+        optimizer: makes the optimizer from the parameters, such as
+            ``functools.partial(torch.optim.SGD, lr=0.1)``.
+        objective: what is minimised.
+        exchange: how replicas agree.
+        schedule: learning-rate factor as a function of the fraction of training that is done.
+        epochs: passes over the training examples.
+        batch_size: examples per step over all workers; the number of workers must divide it.
+
+    Raises:
+        ValueError: a count is below 1.
+    """
+
+    data: Dataset
+    model: Callable[[], nn.Module]
+    optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+    objective: Objective = field(default_factory=CrossEntropy)
+    exchange: Exchange = field(default_factory=AllReduce)
+    schedule: Callable[[float], float] = field(default_factory=Constant)
+    epochs: int = 1
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Run: {name} must be at least 1; got {getattr(self, name)}.")
+
+    def methods(self) -> dict[str, str]:
+        """The repr of every method object, for ``run.json`` and for the workers' agreement."""
+        return {
+            "objective": repr(self.objective),
+            "exchange": repr(self.exchange),
+            "optimizer": repr(self.optimizer),
+            "schedule": repr(self.schedule),
+            "epochs": repr(self.epochs),
+            "batch_size": repr(self.batch_size),
+        }

@@ -1,0 +1,5 @@
+"""Samplers: which examples?"""
+
+from sterna.samplers.shuffle import Shuffle
+
+__all__ = ["Shuffle"]
