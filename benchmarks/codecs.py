@@ -18,23 +18,18 @@ subtraction.
 """
 
 import argparse
-import json
-import platform
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
 import numba
-import numpy as np
 import torch
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import _orthogonalize
 
+from results import write
 from sterna.codecs import portable, terngrad
 from sterna.codecs.error_feedback import ErrorFeedback
 from sterna.codecs.fp16 import Fp16
@@ -209,37 +204,19 @@ def measure(rounds: int) -> list[dict[str, object]]:
     return rows
 
 
-def table(rows: list[dict[str, object]]) -> str:
-    head = [
-        "| 10 million floats | encode, ms | GB/s | x memcpy "
-        "| decode + mean of 4, ms | GB/s | x memcpy |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-    ]
-    lines = []
-    for row in rows:
-        cells = [str(row["arm"])]
-        for what in ("encode", "decode"):
-            for figure, digits in (("ms", 1), ("gb_per_s", 1), ("over_memcpy", 1)):
-                value = row.get(f"{what}_{figure}")
-                cells.append(f"{value:.{digits}f}" if isinstance(value, float) else "")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*head, *lines])
+HEADER = (
+    *("10 million floats", "encode, ms", "GB/s", "x memcpy"),
+    *("decode + mean of 4, ms", "GB/s", "x memcpy"),
+)
 
 
-def circumstances() -> dict[str, str]:
-    def output(*command: str) -> str:
-        found = subprocess.run(command, capture_output=True, text=True, check=False)
-        return found.stdout.strip()
-
-    model = [line for line in output("lscpu").splitlines() if line.startswith("Model name")]
-    return {
-        "command": " ".join(["python", *sys.argv]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": output("git", "describe", "--always", "--dirty", "--abbrev=12"),
-        "hardware": model[0].split(":", 1)[1].strip() if model else platform.processor(),
-        "versions": f"Python {platform.python_version()}, torch {torch.__version__}, "
-        f"numba {numba.__version__}, numpy {np.__version__}",
-    }
+def cells(row: dict[str, object]) -> list[str]:
+    found = [str(row["arm"])]
+    for what in ("encode", "decode"):
+        for figure in ("ms", "gb_per_s", "over_memcpy"):
+            value = row.get(f"{what}_{figure}")
+            found.append(f"{value:.1f}" if isinstance(value, float) else "")
+    return found
 
 
 def main() -> None:
@@ -247,15 +224,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--out", type=Path, help="writes OUT.json and OUT.md")
     arguments = parser.parse_args()
-    facts, rows = circumstances(), measure(arguments.rounds)
-    text = table(rows)
-    print(text)
-    if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        record = {**facts, "rounds": arguments.rounds, "rows": rows}
-        arguments.out.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
-        notes = "\n".join(f"- {name}: {value}" for name, value in facts.items())
-        arguments.out.with_suffix(".md").write_text(f"{text}\n\n{notes}\n")
+    rows = measure(arguments.rounds)
+    write(
+        arguments.out,
+        "Codecs: encode, and decode with the mean of 4 messages, one thread",
+        HEADER,
+        [cells(row) for row in rows],
+        {"rounds": arguments.rounds, "numba": numba.__version__, "rows": rows},
+    )
 
 
 if __name__ == "__main__":

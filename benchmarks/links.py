@@ -21,7 +21,6 @@ plus headers: up to 5 %, less where the kernel counts the headers of a large seg
 import argparse
 import json
 import os
-import platform
 import signal
 import statistics
 import subprocess
@@ -30,7 +29,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +38,7 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from results import write
 from sterna.codecs.fp16 import Fp16
 from sterna.codecs.identity import Identity
 from sterna.codecs.terngrad import TernGrad
@@ -292,66 +291,32 @@ def summarise(link: str, mbit: float | None, by_rank: list[Any]) -> list[dict[st
     return rows
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as a Markdown table."""
-    head = [
-        *("link", "arm", "ms/step", "spread", "speed-up", "compute ms", "codec ms", "bound ms"),
-        *("step/bound", "kB/step link", "kB/step ledger", "link/ledger"),
-    ]
-    lines = ["| " + " | ".join(head) + " |", "|---|---|" + "---:|" * (len(head) - 2)]
+HEADER = (
+    *("link, arm", "ms/step", "spread", "speed-up", "compute ms", "codec ms", "bound ms"),
+    *("step/bound", "kB/step link", "kB/step ledger", "link/ledger"),
+)
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """One row of the table."""
 
     def cell(value: float | None, factor: float, digits: int) -> str:
         return "" if value is None else f"{value * factor:.{digits}f}"
 
-    for row in rows:
-        link, ledger = row["link_bytes"], row["ledger_bytes"]
-        lines.append(
-            "| "
-            + " | ".join(
-                [
-                    row["link"],
-                    row["arm"],
-                    cell(row["step_s"], 1e3, 0),
-                    f"{min(row['steps_s']) * 1e3:.0f}-{max(row['steps_s']) * 1e3:.0f}",
-                    cell(row["speed_up"], 1, 2),
-                    cell(row["compute_s"], 1e3, 0),
-                    cell(row["codec_s"], 1e3, 0),
-                    cell(row["bound_s"], 1e3, 0),
-                    cell(row["of_bound"], 1, 2),
-                    cell(link, 1e-3, 1),
-                    cell(ledger, 1e-3, 1),
-                    cell(link / ledger if link and ledger else None, 1, 4),
-                ]
-            )
-            + " |"
-        )
-    return "\n".join(lines)
-
-
-def provenance() -> dict[str, str]:
-    """What a reader needs to judge the figures, or to measure again."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(ROOT), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    changed = ", with uncommitted changes" if git("status", "--porcelain") else ""
-    cpu = [
-        line.partition(":")[2].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
+    link, ledger = row["link_bytes"], row["ledger_bytes"]
+    return [
+        f"{row['link']}, {row['arm']}",
+        cell(row["step_s"], 1e3, 0),
+        f"{min(row['steps_s']) * 1e3:.0f}-{max(row['steps_s']) * 1e3:.0f}",
+        cell(row["speed_up"], 1, 2),
+        cell(row["compute_s"], 1e3, 0),
+        cell(row["codec_s"], 1e3, 0),
+        cell(row["bound_s"], 1e3, 0),
+        cell(row["of_bound"], 1, 2),
+        cell(link, 1e-3, 1),
+        cell(ledger, 1e-3, 1),
+        cell(link / ledger if link and ledger else None, 1, 4),
     ]
-    memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return {
-        "command": " ".join(["python", "benchmarks/links.py", *sys.argv[1:]]),
-        "commit": (git("rev-parse", "HEAD") or "none yet") + changed,
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "hardware": f"{os.cpu_count()} cores, {cpu[0] if cpu else platform.machine()}, "
-        f"{memory_gib:.0f} GiB; all workers and links on this machine",
-        "versions": f"Python {platform.python_version()}, torch {torch.__version__}, "
-        f"Linux {platform.release()}",
-    }
 
 
 def main() -> None:
@@ -389,21 +354,16 @@ def main() -> None:
         rows += summarise(f"{mbit:g} Mbit/s", mbit, run_shaped(mbit, arguments))
     if arguments.loopback:
         rows += summarise("loopback", None, run_loopback(arguments))
-    about = provenance() | {
-        "setting": f"{arguments.workers} workers, {arguments.layers} layers of {arguments.width} x "
-        f"{arguments.width}, batch 4 a worker, {arguments.rounds} rounds"
-    }
-    lines = [
-        f"- {key}: {f'`{value}`' if key == 'command' else value}" for key, value in about.items()
-    ]
-    text = "\n".join(["# Time per step over slow links", "", *lines, "", table(rows), ""])
-    print(text)
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.with_suffix(".json").write_text(
-            json.dumps({"about": about, "rows": rows}, indent=1) + "\n"
-        )
-        arguments.out.with_suffix(".md").write_text(text)
+    write(
+        arguments.out,
+        "Time per step over slow links",
+        HEADER,
+        [cells(row) for row in rows],
+        {"rows": rows},
+        f"{arguments.workers} workers, {arguments.layers} layers of {arguments.width} x "
+        f"{arguments.width}, batch 4 a worker, {arguments.rounds} rounds; all workers and links on "
+        "one machine.",
+    )
 
 
 if __name__ == "__main__":

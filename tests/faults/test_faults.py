@@ -5,12 +5,10 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from cli_runner import (
     EXPERIMENT,
     assert_no_orphans,

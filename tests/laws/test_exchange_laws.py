@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import pickle
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,21 +12,26 @@ import torch
 from torch import Tensor, nn
 
 from laws.discovery import examples
+from laws.exchange_runs import (
+    EPOCHS,
+    NUM_EXAMPLES,
+    STEPS,
+    data,
+    replica,
+    sampler,
+    train,
+    train_all,
+    weights,
+)
 from sterna.codecs.identity import Identity
 from sterna.comm.in_process import run_in_process
+from sterna.comm.launch import launch
 from sterna.comm.solo import Solo
-from sterna.data.examples import Examples
 from sterna.ledger import Spent
 from sterna.loop import Streams, fit
 from sterna.objectives.cross_entropy import CrossEntropy
-from sterna.randomness import generator, isolated
-from sterna.replica import Replica
 from sterna.runs import checkpoint
-from sterna.samplers.shuffle import Shuffle
 from sterna.seams import Comm, Exchange, NotFinite, PeerLost
-
-NUM_EXAMPLES, GLOBAL_BATCH, EPOCHS = 48, 12, 2
-STEPS = EPOCHS * NUM_EXAMPLES // GLOBAL_BATCH
 
 
 def _cases() -> list[Any]:
@@ -63,39 +69,6 @@ with_identity = pytest.mark.parametrize(
     ),
     ids=lambda exchange: type(exchange).__name__,
 )
-
-
-@cache
-def data() -> Examples:
-    rng = generator(0, "points")
-    inputs = torch.randn(NUM_EXAMPLES, 6, generator=rng)
-    return Examples(inputs, (inputs @ torch.randn(6, 3, generator=rng)).argmax(1))
-
-
-def replica(schedule: Any = None) -> Replica:
-    with isolated(0, "model"):
-        model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
-    options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
-    return Replica(model, torch.optim.SGD(model.parameters(), **options), schedule)
-
-
-def sampler(comm: Comm) -> Shuffle:
-    batch_size = GLOBAL_BATCH // comm.size
-    return Shuffle(NUM_EXAMPLES, batch_size, rank=comm.rank, size=comm.size, seed=3)
-
-
-def weights(trained: Replica) -> Tensor:
-    return torch.cat([p.detach().reshape(-1) for p in trained.parameters.values()])
-
-
-def train(comm: Comm, exchange: Exchange) -> tuple[Tensor, Spent, list[float]]:
-    own = replica()
-    records = fit(
-        own, data(), sampler(comm), CrossEntropy(), exchange=exchange, comm=comm, epochs=EPOCHS
-    )
-    losses = [float(record.loss) for record in records]
-    assert len(losses) == own.step == STEPS
-    return weights(own), comm.ledger.spent(), losses
 
 
 @cache
@@ -186,6 +159,22 @@ def test_in_process_with_one_worker_is_solo(exchange: Exchange) -> None:
     assert torch.equal(own, alone)
     assert losses == expected
     assert (spent.bits_sent, spent.messages) == (solo.bits_sent, solo.messages) == (0, 0)
+
+
+@pytest.fixture(scope="module")
+def processes() -> list[Any]:
+    """Weights and bits of two real processes, by rank, for every case."""
+    said = launch(train_all, ([case.values[0] for case in CASES],), workers=2, timeout_s=120.0)
+    return [pickle.loads(own) for own in said]  # noqa: S301, TID251  our own bytes
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=[case.id for case in CASES])
+def test_processes_train_as_threads_do(processes: list[Any], number: int) -> None:
+    """Equal bits sent; equal weights to the bit: with two workers a sum has one order only."""
+    for real, (own, spent, _) in zip(processes, trained(CASES[number].values[0], 2), strict=True):
+        found, bits = real[number]
+        assert bits == spent.bits_sent
+        assert torch.equal(torch.tensor(found), own)
 
 
 @exchanges

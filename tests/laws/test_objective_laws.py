@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from laws.discovery import examples, fresh, wrappers
+from sterna.objectives.algebra import Composable, penalty_only
 from sterna.objectives.augment import Augment
 from sterna.objectives.cross_entropy import CrossEntropy
 from sterna.randomness import generator, isolated
@@ -18,6 +19,17 @@ from sterna.seams import Batch, Loss, Objective
 OBJECTIVES = examples("objectives")
 objectives = pytest.mark.parametrize("objective", OBJECTIVES)
 BATCH, CLASSES = 6, 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Weights(Composable):
+    """A penalty, to add to what looks at examples."""
+
+    def __call__(self, model: nn.Module, batch: Batch, rng: torch.Generator) -> Loss:
+        return penalty_only(sum(p.square().sum() for p in model.parameters()), batch)
+
+
+TERMS = [*OBJECTIVES, pytest.param(Weights(), id="penalty")]
 
 
 def model(dtype: torch.dtype = torch.float64) -> nn.Module:
@@ -150,8 +162,8 @@ def test_batch_and_model_stay_as_they_are(objective: Objective) -> None:
         assert torch.equal(getattr(examples, field.name), getattr(batch(), field.name))
 
 
-@objectives
-@pytest.mark.parametrize("other", OBJECTIVES)
+@pytest.mark.parametrize("objective", TERMS)
+@pytest.mark.parametrize("other", TERMS)
 def test_objectives_add(objective: Any, other: Any) -> None:
     """All terms draw from one generator, in order."""
     net, rng = model(), generator(1)
@@ -162,7 +174,7 @@ def test_objectives_add(objective: Any, other: Any) -> None:
     assert (objective + other) + objective == objective + (other + objective)
 
 
-@objectives
+@pytest.mark.parametrize("objective", TERMS)
 def test_factors_scale(objective: Any) -> None:
     loss = objective(model(), batch(), generator(1))
     for scaled in (3 * objective, objective * 3):
@@ -171,7 +183,7 @@ def test_factors_scale(objective: Any) -> None:
         assert torch.allclose(tripled.penalty, 3 * loss.penalty)
 
 
-@objectives
+@pytest.mark.parametrize("objective", TERMS)
 def test_factor_zero_removes_a_term(objective: Any) -> None:
     plain = CrossEntropy()
     net, without = model(), model()

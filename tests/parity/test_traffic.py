@@ -6,13 +6,14 @@ headers of at most 0.5 per cent.
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+import netns
 
 PROGRAM = Path(__file__).with_name("traffic_program.py")
 BYTES_PER_MESSAGE = 800
@@ -21,16 +22,15 @@ SHARE_OF_HEADERS = 0.005
 
 @pytest.fixture(scope="module")
 def namespace() -> Iterator[str]:
-    if os.geteuid() != 0 or shutil.which("ip") is None:
-        pytest.skip("needs the right to make a network namespace, and iproute2")
+    if (reason := netns.available()) is not None:
+        pytest.skip(reason)
     name = f"sterna-traffic-{os.getpid()}"
-    if subprocess.run(["ip", "netns", "add", name], check=False, capture_output=True).returncode:
-        pytest.skip("the kernel refuses to make a network namespace")
+    netns.ip("netns", "add", name)
     try:
-        subprocess.run(["ip", "-n", name, "link", "set", "lo", "up"], check=True)
+        netns.ip("-n", name, "link", "set", "lo", "up")
         yield name
     finally:
-        subprocess.run(["ip", "netns", "del", name], check=True)
+        netns.ip("netns", "del", name)
 
 
 @pytest.mark.netns

@@ -20,7 +20,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-_PRELOAD = ["torch", "torch.distributed", "sterna.runs.worker"]
+_PRELOAD = ["sterna.comm.preload"]
 _GRACE_S = 3.0
 
 

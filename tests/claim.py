@@ -1,0 +1,55 @@
+"""Run many small trainings for a claim, two at a time: accuracy and ledger, never seconds."""
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from sterna.comm.in_process import run_in_process
+from sterna.runs.worker import Request, build, work
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One training, all workers in one process (which gives the weights and the ledger of real ones).
+
+    Args:
+        experiment: its name.
+        arguments: its parameters.
+        seed: of everything.
+        workers: how many.
+        validate: hold this fraction of the training examples out and test on it, to choose
+            hyperparameters without a look at the test set; 0: train on all, test on the test set.
+    """
+
+    experiment: str
+    arguments: Mapping[str, Any]
+    seed: int = 0
+    workers: int = 4
+    validate: float = 0.0
+
+
+def run_trial(trial: Trial) -> dict[str, Any]:
+    """The summary of one trial."""
+    with TemporaryDirectory() as folder:
+        request = Request(
+            experiment=trial.experiment,
+            arguments=trial.arguments,
+            folder=Path(folder) / "run",
+            seed=trial.seed,
+            quiet=True,
+        )
+        run = build(request)
+        if trial.validate:
+            run = replace(run, data=run.data.validation_split(trial.validate, seed=0))
+        summaries = run_in_process(lambda comm: work(comm, request, run), trial.workers)
+    return {**summaries[0], "arguments": dict(trial.arguments)}
+
+
+def run_trials(trials: Sequence[Trial], at_once: int = 2) -> list[dict[str, Any]]:
+    """The summaries, in order."""
+    with ProcessPoolExecutor(at_once, mp_context=get_context("spawn")) as pool:
+        return list(pool.map(run_trial, trials))
