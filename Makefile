@@ -22,7 +22,7 @@ demo: $(READY)
 	  --workers 4 --seeds 3 --out runs/demo
 
 test: $(READY) lint types
-	$(BIN)/pytest -m "not slow" -n 2 --dist loadgroup
+	$(BIN)/pytest -m "not slow" -n 2 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -10,6 +10,7 @@ from typing import Any
 
 from sterna.comm.in_process import run_in_process
 from sterna.runs.worker import Request, build, work
+from sterna.seams import NotFinite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,7 @@ class Trial:
 
 
 def run_trial(trial: Trial) -> dict[str, Any]:
-    """The summary of one trial."""
+    """The summary of one trial; accuracy 0 and little else where it diverged."""
     with TemporaryDirectory() as folder:
         request = Request(
             experiment=trial.experiment,
@@ -45,7 +46,10 @@ def run_trial(trial: Trial) -> dict[str, Any]:
         run = build(request)
         if trial.validate:
             run = replace(run, data=run.data.validation_split(trial.validate, seed=0))
-        summaries = run_in_process(lambda comm: work(comm, request, run), trial.workers)
+        try:
+            summaries = run_in_process(lambda comm: work(comm, request, run), trial.workers)
+        except NotFinite:
+            return {"accuracy": 0.0, "diverged": True, "arguments": dict(trial.arguments)}
     return {**summaries[0], "arguments": dict(trial.arguments)}
 
 

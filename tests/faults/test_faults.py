@@ -12,12 +12,16 @@ import pytest
 from cli_runner import (
     EXPERIMENT,
     assert_no_orphans,
+    environment,
     finish,
     session_processes,
     start,
     sterna,
     wait_for,
 )
+from sterna.cli.commands import dispatch
+from sterna.cli.flags import RunFlags, parse
+from sterna.runs.experiment import resolve
 
 WORKERS = "3"
 
@@ -281,16 +285,25 @@ def test_new_run_does_not_write_into_an_old_one(finished: Path, folder: Path) ->
     ],
 )
 def test_what_is_typed_wrongly_is_named(
-    folder: Path, arguments: list[str], status: int, words: list[str]
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    status: int,
+    words: list[str],
 ) -> None:
-    ended = sterna(*arguments, cwd=folder)
-    assert ended.status == status, ended.err
-    sentence = one_sentence(ended.err)
+    monkeypatch.chdir(folder)
+    for key, value in environment().items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+    assert dispatch(arguments) == status
+    sentence = one_sentence(capsys.readouterr().err)
     for word in words:
         assert word in sentence
 
 
-def test_unknown_flag_is_named_with_what_is_near(folder: Path) -> None:
-    ended = sterna("run", "digits.sync", "--epoch", "3", cwd=folder)
-    assert ended.status == 2
-    assert "--epoch" in ended.err and "--epochs" in ended.err
+def test_unknown_flag_is_named_with_what_is_near(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        parse(RunFlags, [resolve("digits.sync")], ["--epoch", "3"], "sterna run digits.sync")
+    complaint = capsys.readouterr().err
+    assert "--epoch" in complaint and "--epochs" in complaint

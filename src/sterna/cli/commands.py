@@ -281,23 +281,17 @@ def _list(arguments: list[str]) -> None:
 def methods() -> list[tuple[str, str, str]]:
     """Name, one line and paper of every method module, read from its docstring.
 
-    A method module is one with ``EXAMPLES`` at its foot, which is also how the laws find it.
+    A method module is one whose docstring says what a step costs.
     """
     found = []
     root = Path(sterna.__file__).parent
     for package in _METHOD_PACKAGES:
         for module in pkgutil.iter_modules([str(root / package)]):
-            parsed = ast.parse((root / package / f"{module.name}.py").read_text(encoding="utf-8"))
-            assigned = [n for n in parsed.body if isinstance(n, ast.Assign | ast.AnnAssign)]
-            targets = {t.id for n in assigned for t in _targets(n) if isinstance(t, ast.Name)}
-            if "EXAMPLES" in targets:
-                text = ast.get_docstring(parsed) or ""
+            source = (root / package / f"{module.name}.py").read_text(encoding="utf-8")
+            text = ast.get_docstring(ast.parse(source)) or ""
+            if "Cost per step:" in text:
                 found.append((f"{package}.{module.name}", _first_line(text), _reference(text)))
     return found
-
-
-def _targets(node: ast.Assign | ast.AnnAssign) -> list[ast.expr]:
-    return node.targets if isinstance(node, ast.Assign) else [node.target]
 
 
 def _first_line(text: str | None) -> str:

@@ -75,7 +75,13 @@ class InProcess:
         data = wire.pack(message)
 
         def combine(offers: list[Tensor]) -> list[list[Tensor]]:
-            largest = max(len(offer) for offer in offers)
+            sizes = [len(offer) for offer in offers]
+            largest = max(sizes)
+            if not message.ragged and min(sizes) < largest:
+                raise PeerLost(
+                    f"the workers' messages have {sizes} bytes, by rank; only messages that say that "
+                    "they are ragged may differ in size."
+                )
             return [[*offers, torch.tensor(largest)]] * self.size
 
         *gathered, largest = self._meet("gather", data, combine)

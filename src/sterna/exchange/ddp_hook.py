@@ -40,12 +40,12 @@ from torch.nn.parallel import DistributedDataParallel
 from sterna.comm.agreement import agree
 from sterna.comm.distributed import DEFAULT_TIMEOUT_S, Distributed
 from sterna.exchange.averaging import mean
+from sterna.exchange.state_by_name import Names, StateByName
 from sterna.flat import Flat, Layout, Named
 from sterna.ledger import Ledger
 from sterna.randomness import generator
-from sterna.seams import Codec, State
+from sterna.seams import Codec
 
-Names = tuple[str, ...]
 Jobs = queue.Queue[Callable[[], None] | None]
 
 
@@ -130,9 +130,7 @@ class DdpHook:
         trained = {n: p for n, p in ddp_model.module.named_parameters() if p.requires_grad}
         self._name_of: dict[Tensor, str] = {p: name for name, p in trained.items()}
         self._layouts: dict[Names, Layout] = {}
-        # The codec's state: each tensor is in one of the two; by bucket as the codec left it.
-        self._state: dict[str, dict[str, Tensor]] = {}
-        self._by_bucket: dict[Names, State] = {}
+        self._state = StateByName()
         self._open_pass: list[Names] = []
         self._last_pass: tuple[Names, ...] = ()
         self._restored: tuple[Names, ...] = ()
@@ -148,7 +146,7 @@ class DdpHook:
         try:
             with torch.no_grad():
                 for like in _by_kind(trained):
-                    self._merge(codec.init(like))
+                    self._state.merge(codec.init(like))
             if all(p.device.type == "cpu" for p in trained.values()):
                 said = repr(codec) if dataclasses.is_dataclass(codec) else type(codec).__qualname__
                 shape = Layout.of(trained).fingerprint
@@ -167,8 +165,7 @@ class DdpHook:
         fourth).
         """
         own = self._collected()
-        numbers = {name: k for k, name in enumerate(self._name_of.values())}
-        buckets = self._last_pass
+        numbers, buckets = {n: k for k, n in enumerate(self._name_of.values())}, self._last_pass
         return {
             "rank": torch.tensor(self._rank),
             "step": torch.tensor(self._step),
@@ -205,11 +202,7 @@ class DdpHook:
                 f"DdpHook: the state was saved by rank {int(state['rank'])}, this is rank "
                 f"{self._rank}. Each rank has coins and state of its own: save and load one each."
             )
-        for slot, tensors in self._state.items():
-            self._state[slot] = {
-                name: state[f"codec.{slot}.{name}"].detach().to(x.device, copy=True)
-                for name, x in tensors.items()
-            }
+        self._state.load({key.removeprefix("codec."): state[key] for key in own})
         self._rng.set_state(state["rng"])
         self._step = int(state["step"])
         names = list(self._name_of.values())
@@ -231,7 +224,7 @@ class DdpHook:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _take(self, bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]
@@ -246,10 +239,8 @@ class DdpHook:
         buffer, parameters = bucket.buffer(), bucket.parameters()
         names = tuple(self._name_of[p] for p in parameters)
         if buffer.is_sparse:
-            raise TypeError(
-                f"The gradient of {names[0]!r} is sparse; codecs take dense gradients. Make the "
-                "embedding with sparse=False."
-            )
+            text = "is sparse; codecs take dense gradients. Make the embedding with sparse=False."
+            raise TypeError(f"The gradient of {names[0]!r} {text}")
         if names not in self._layouts:
             self._layouts[names] = Layout(names, tuple(tuple(p.shape) for p in parameters))
         is_last = bucket.is_last()
@@ -306,46 +297,25 @@ class DdpHook:
 
     def _mean(self, flat: Flat) -> Flat:
         comm, names = self._comm, flat.layout.names
-        assert comm is not None
+        if comm is None:
+            raise RuntimeError("The communication hook of this DDP model has been closed.")
         start, waited = time.perf_counter(), self.ledger.spent().wait_s
-        result, state = mean(flat, self._codec, self._state_of(names), comm, self._rng)
+        result, state = mean(flat, self._codec, self._state.of(names), comm, self._rng)
         if result.layout != flat.layout:
             raise ValueError(
                 f"{type(self._codec).__name__}.decode returned other names or shapes than it was "
                 f"given: {result.layout.names} instead of {names}."
             )
-        self._by_bucket[names] = state
+        self._state.put(names, state)
         self._open_pass.append(names)
         waited = self.ledger.spent().wait_s - waited
         self.ledger.add(compute_s=time.perf_counter() - start - waited)
         return result
 
-    def _state_of(self, names: Names) -> State:
-        """The codec's state for the parameters ``names``, packed in their order."""
-        if names not in self._by_bucket:
-            for old in list(self._by_bucket):
-                if not set(old).isdisjoint(names):  # DDP has built its buckets anew
-                    self._merge(self._by_bucket.pop(old))
-            self._by_bucket[names] = {
-                slot: _packed({name: tensors.pop(name) for name in names if name in tensors})
-                for slot, tensors in self._state.items()
-            }
-        return self._by_bucket[names]
-
-    def _merge(self, state: State) -> None:
-        for slot, tensors in state.items():
-            self._state.setdefault(slot, {}).update(tensors)
-
     def _collected(self) -> dict[str, Tensor]:
         """The codec's whole state under flat keys, once the thread is idle."""
         self._jobs.join()
-        while self._by_bucket:
-            self._merge(self._by_bucket.popitem()[1])
-        return {
-            f"codec.{slot}.{name}": x
-            for slot, tensors in self._state.items()
-            for name, x in tensors.items()
-        }
+        return {f"codec.{key}": x for key, x in self._state.collected().items()}
 
     @contextmanager
     def _side_stream(self, buffer: Tensor, filled: torch.cuda.Event | None) -> Iterator[None]:
@@ -377,14 +347,13 @@ def _own_group(ddp_model: DistributedDataParallel, timeout_s: float) -> dist.Pro
     """A new group of the same ranks; ranks outside of it need not take part."""
     theirs = ddp_model.process_group
     ranks = dist.get_process_group_ranks(theirs)
-    group = dist.new_group(
+    group: dist.ProcessGroup = dist.new_group(
         ranks,
         timeout=timedelta(seconds=timeout_s),
         backend=None if theirs is dist.group.WORLD else dist.get_backend(theirs),
         use_local_synchronization=len(ranks) < dist.get_world_size(),
         group_desc="sterna-ddp",
     )
-    assert isinstance(group, dist.ProcessGroup)
     return group
 
 
@@ -429,7 +398,3 @@ def _by_kind(named: Named) -> Sequence[Named]:
     for name, x in named.items():
         parts.setdefault((x.dtype, x.device), {})[name] = x.detach()
     return list(parts.values())
-
-
-def _packed(tensors: Named) -> Named:
-    return Flat.of(tensors) if len({x.dtype for x in tensors.values()}) == 1 else tensors

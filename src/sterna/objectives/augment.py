@@ -56,8 +56,10 @@ class Augment(Composable):
                 "Augment: inner must be an objective, called with (model, batch, rng); got "
                 f"{self.inner!r}."
             )
-        if self.pad < 0:
-            raise ValueError(f"Augment: pad must be at least 0 pixels; got {self.pad}.")
+        if not isinstance(self.pad, int) or self.pad < 0:
+            raise ValueError(
+                f"Augment: pad must be a whole number of pixels, 0 or more; got {self.pad!r}."
+            )
 
     def __call__(self, model: nn.Module, batch: Batch, rng: torch.Generator) -> Loss:
         """The inner loss on ``images(batch.inputs)``.
