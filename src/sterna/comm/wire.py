@@ -11,6 +11,7 @@ word catches a peer that runs another method or another version.
 
 import zlib
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -31,8 +32,13 @@ def _padded(num_bytes: int) -> int:
 
 
 def _check(message: Message) -> int:
-    form = repr((_VERSION, [(name, str(x.dtype)) for name, x in message.buffers.items()]))
-    return zlib.crc32(form.encode())
+    return _check_word(tuple((name, x.dtype) for name, x in message.buffers.items()))
+
+
+@lru_cache(maxsize=256)
+def _check_word(form: tuple[tuple[str, torch.dtype], ...]) -> int:
+    text = repr((_VERSION, [(name, str(dtype)) for name, dtype in form]))
+    return zlib.crc32(text.encode())
 
 
 def num_bytes(message: Message) -> int:
