@@ -38,7 +38,7 @@ claims: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/codecs.py
 	$(BIN)/python benchmarks/overhead.py
-	$(BIN)/python benchmarks/links.py
+	$(BIN)/python benchmarks/links.py --mbit 100,1000 --loopback
 
 docs: $(READY)
 	$(BIN)/mkdocs build --strict

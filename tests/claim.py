@@ -34,7 +34,7 @@ class Trial:
 
 
 def run_trial(trial: Trial) -> dict[str, Any]:
-    """The summary of one trial; accuracy 0 and little else where it diverged."""
+    """The summary of one trial; no accuracy and little else where it diverged."""
     with TemporaryDirectory() as folder:
         request = Request(
             experiment=trial.experiment,
@@ -49,8 +49,8 @@ def run_trial(trial: Trial) -> dict[str, Any]:
         try:
             summaries = run_in_process(lambda comm: work(comm, request, run), trial.workers)
         except NotFinite:
-            return {"accuracy": 0.0, "diverged": True, "arguments": dict(trial.arguments)}
-    return {**summaries[0], "arguments": dict(trial.arguments)}
+            return {"experiment": trial.experiment, "seed": trial.seed, "accuracy": None}
+    return summaries[0]
 
 
 def run_trials(trials: Sequence[Trial], at_once: int = 2) -> list[dict[str, Any]]:

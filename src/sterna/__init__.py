@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from sterna.exchange.all_reduce import AllReduce
     from sterna.exchange.ddp_hook import register
     from sterna.exchange.local import Local
+    from sterna.exchange.model_average import ModelAverage
+    from sterna.exchange.slim_dp import SlimDP
     from sterna.ledger import Ledger, Spent
     from sterna.loop import Record, fit
     from sterna.objectives import CrossEntropy
@@ -36,10 +38,12 @@ _HOMES = {
     "Identity": "codecs",
     "Ledger": "ledger",
     "Local": "exchange.local",
+    "ModelAverage": "exchange.model_average",
     "Record": "loop",
     "Replica": "replica",
     "Run": "runs.run",
     "Shuffle": "samplers",
+    "SlimDP": "exchange.slim_dp",
     "Solo": "comm.solo",
     "Spent": "ledger",
     "TernGrad": "codecs",
@@ -60,10 +64,12 @@ __all__ = [
     "Identity",
     "Ledger",
     "Local",
+    "ModelAverage",
     "Record",
     "Replica",
     "Run",
     "Shuffle",
+    "SlimDP",
     "Solo",
     "Spent",
     "TernGrad",

@@ -75,7 +75,7 @@ def fit(
         streams: coins and exchange state to go on with, from a checkpoint.
 
     Raises:
-        NotFinite: a gradient holds NaN or infinity; the replica has not been changed by it.
+        NotFinite: a gradient holds NaN or infinity; no optimizer step was taken with it.
         PeerLost: another worker failed.
 
     Example:
@@ -93,11 +93,13 @@ def fit(
     comm = comm or Solo()
     streams = streams or Streams.start(replica, exchange, seed, comm.rank)
     ledger, measure = comm.ledger, True
-    replica.model.train()
+    replica.clear()
     while sampler.epoch < epochs:
         epoch = sampler.epoch
         for index in sampler:
             start, waited = time.perf_counter(), ledger.wait_s
+            if not replica.model.training:  # the caller may have evaluated it
+                replica.model.train()
             batch = data[index]
             if measure:  # what autograd keeps is the same at every step; look once
                 with kept_for_backward(ledger, replica.model.parameters()):

@@ -12,7 +12,8 @@ class Replica:
     """A model with its optimizer, whose gradients are views of one flat buffer.
 
     Backward passes accumulate straight into the buffer, so an exchange runs one kernel and one
-    collective over all gradients, and writes the result where the optimizer reads it.
+    collective over all gradients, and writes the result where the optimizer reads it. A parameter that
+    a step did not use has the gradient 0, where plain torch has none: momentum and weight decay go on.
 
     Args:
         model: any module. Its parameters that require gradients are trained.
@@ -21,8 +22,8 @@ class Replica:
             optimizer's own rates, as given, are what factor 1 means.
 
     Raises:
-        ValueError: the model has nothing to train, the optimizer misses a trainable parameter, or the
-            parameters do not share one floating dtype and one device.
+        ValueError: the model has nothing to train, the optimizer misses a trainable parameter or holds
+            one that is not the model's, or the parameters do not share one dtype and one device.
 
     Example:
         >>> model = nn.Linear(3, 2)
@@ -58,6 +59,14 @@ class Replica:
                 f"{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}; give it "
                 "model.parameters(), or freeze what must not be trained with requires_grad_(False)."
             )
+        owned = {id(p) for p in model.parameters()}
+        foreign = [p for g in optimizer.param_groups for p in g["params"] if id(p) not in owned]
+        if foreign:
+            raise ValueError(
+                f"Replica: the optimizer holds {len(foreign)} parameter(s) that are not the model's, the "
+                f"first of shape {tuple(foreign[0].shape)}; nothing would exchange their gradients. "
+                "Make them part of the model."
+            )
         kinds = {(p.dtype, p.device) for p in self.parameters.values()}
         if len(kinds) > 1:
             raise ValueError(
@@ -66,13 +75,34 @@ class Replica:
             )
         ((dtype, device),) = kinds
         layout = Layout.of(self.parameters)
-        self.gradients = Flat(layout, torch.zeros(layout.num_elements, dtype=dtype, device=device))
+        self._flat = Flat(layout, torch.zeros(layout.num_elements, dtype=dtype, device=device))
         self._rates = [group["lr"] for group in optimizer.param_groups]
-        self._attach()
+        self.clear()
 
-    def _attach(self) -> None:
+    @property
+    def gradients(self) -> Flat:
+        """The gradients, as views of one buffer.
+
+        A gradient that something put elsewhere (``zero_grad`` sets them to None, for one) is brought
+        back into the buffer first.
+
+        Raises:
+            ValueError: a parameter was converted to another dtype or device since.
+        """
+        buffer = self._flat.buffer
         for name, p in self.parameters.items():
-            p.grad = self.gradients[name]
+            if (p.dtype, p.device) != (buffer.dtype, buffer.device):
+                raise ValueError(
+                    f"Replica: the parameter {name!r} has become {p.dtype} on {p.device}; it was "
+                    f"{buffer.dtype} on {buffer.device}. Convert the model before making the replica."
+                )
+            view, own = self._flat[name], p.grad
+            if own is None:
+                view.zero_()
+            elif own.data_ptr() != view.data_ptr():
+                view.copy_(own)
+            p.grad = view
+        return self._flat
 
     def update(self) -> None:
         """One optimizer step on ``gradients``, at the scheduled rate; then clear them."""
@@ -85,7 +115,8 @@ class Replica:
         self.clear()
 
     def clear(self) -> None:
-        """Zero the gradients in place, and take back any that were replaced (``set_to_none``)."""
-        self.gradients.buffer.zero_()
-        if any(p.grad is not self.gradients[name] for name, p in self.parameters.items()):
-            self._attach()
+        """Zero the gradients, in the buffer."""
+        self._flat.buffer.zero_()
+        for name, p in self.parameters.items():
+            if p.grad is not self._flat[name]:
+                p.grad = self._flat[name]

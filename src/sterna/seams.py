@@ -73,7 +73,7 @@ class Comm(Protocol):
         ...
 
     def gather(self, message: Message) -> Sequence[Message]:
-        """The messages of all workers, by rank, on every worker."""
+        """The messages of all workers, by rank, on every worker; read-only, their memory may be shared."""
         ...
 
     def sum_(self, x: Tensor) -> Tensor:
@@ -168,3 +168,45 @@ class Exchange(Protocol):
     def __call__(
         self, replica: Replica, state: State, comm: Comm, rng: torch.Generator
     ) -> State: ...
+
+
+class Admission(Protocol):
+    """May a worker of an asynchronous server go on? Asked when it has pushed, before it reads again."""
+
+    def admits(self, clocks: Sequence[int], worker: int) -> bool:
+        """Whether the worker at position ``worker`` may begin its next clock.
+
+        ``clocks``: clocks that each living worker has ended. Which worker asks may matter through
+        its clock only, and one that is furthest behind is always admitted, or all would wait.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Push:
+    """A gradient on its arrival at an asynchronous server.
+
+    Args:
+        worker: who computed it.
+        gradient: as the codec delivers it, clipped where the server clips. Its memory may be reused.
+        weights: the server's, which the update is about to change. Read only.
+        backup: the weights that the gradient was computed at. Read only.
+        version: updates that ``weights`` have had.
+        staleness: those of them that ``backup`` has not had.
+    """
+
+    worker: int
+    gradient: Named
+    weights: Named
+    backup: Named
+    version: int
+    staleness: int
+
+
+class Correction(Protocol):
+    """What does a stale gradient become? The optimizer of the server is given the result."""
+
+    def init(self, like: Named) -> State: ...
+    def correct(self, push: Push, state: State) -> tuple[Named, State]:
+        """The update, under the names of the gradient, and the next state."""
+        ...

@@ -120,6 +120,24 @@ def test_ctrl_c_stops_all_and_resume_ends_at_the_same_weights(
     assert (folder / "run/model.safetensors").read_bytes() == undisturbed
 
 
+def test_interrupted_comparison_goes_on_where_it_was(folder: Path) -> None:
+    compare = ["compare", "mine.py:train", "mine.py:train_other", "--workers", "2"]
+    compare += ["--seeds", "1", "--epochs", "2", "--engine", "in-process", "--out", "both"]
+    process = start(compare, folder)
+    first = folder / "both/mine.train/seed-0"
+    wait_for((first / "summary.json").exists)
+    os.killpg(process.pid, signal.SIGINT)
+    assert finish(process).status == 130
+    written = (first / "summary.json").stat().st_mtime_ns
+    ended = sterna(*compare, cwd=folder)
+    assert ended.status == 0, ended.err
+    assert (first / "summary.json").stat().st_mtime_ns == written
+    assert len(json.loads((folder / "both/compare.json").read_text())["runs"]) == 2
+    assert (folder / "both/report.html").exists()
+    ended = sterna(*compare, cwd=folder)
+    assert ended.status == 1 and "choose another --out" in one_sentence(ended.err)
+
+
 def test_workers_end_when_the_launcher_is_killed(folder: Path) -> None:
     process = start(
         ["run", "mine.py:train", "--what", "slow", "--workers", WORKERS, "--out", "run"], folder

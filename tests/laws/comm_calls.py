@@ -53,6 +53,11 @@ def every_call(comm: Comm) -> list[tuple[str, Any, dict[str, int]]]:
                 x = numbers(dtype, shape, comm.rank)
                 assert comm.broadcast_(x, root) is x
                 said.append((f"broadcast_ {dtype} {shape} {root}", x, spent(comm)))
+    wide = numbers(torch.float32, (3, 8), comm.rank)
+    for name in ("sum_", "max_", "broadcast_"):
+        strided = wide[:, ::2]  # its memory is not dense
+        assert getattr(comm, name)(strided) is strided
+        said.append((f"{name} strided", wide.clone(), spent(comm)))
     for ragged in (False, True):
         gathered = comm.gather(message(comm.rank, ragged))
         buffers = [dict(one.buffers) for one in gathered]

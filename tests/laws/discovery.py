@@ -15,7 +15,7 @@ import pytest
 import sterna
 
 SOURCE = Path(sterna.__file__).parent
-METHOD_PACKAGES = ("codecs", "exchange", "objectives", "samplers")
+METHOD_PACKAGES = ("codecs", "exchange", "objectives", "samplers", "server")
 
 
 @cache

@@ -53,6 +53,12 @@ def check(said: list[Said]) -> None:
                 for x in expected:
                     name, result, _ = next(results)
                     assert same(result, x), name
+        wide = [comm_calls.numbers(torch.float32, (3, 8), rank) for rank in range(size)]
+        now = torch.stack([x[:, ::2] for x in wide])
+        for combine in (lambda x: x.sum(0), lambda x: x.amax(0), lambda x: x[0]):
+            name, result, _ = next(results)
+            now = combine(now).expand_as(now)
+            assert same(result[:, ::2].contiguous(), now[0].contiguous()), name
         for ragged in (False, True):
             name, result, _ = next(results)
             sent = [dict(comm_calls.message(rank, ragged).buffers) for rank in range(size)]

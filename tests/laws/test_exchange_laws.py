@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import pickle
 from functools import cache
 from pathlib import Path
@@ -16,11 +17,14 @@ from laws.exchange_runs import (
     EPOCHS,
     NUM_EXAMPLES,
     STEPS,
+    Moment,
     data,
+    meetings,
     replica,
     sampler,
     train,
     train_all,
+    watch,
     weights,
 )
 from sterna.codecs.identity import Identity
@@ -57,16 +61,18 @@ def takes_codec(exchange: Any) -> bool:
 
 CASES = _cases()
 exchanges = pytest.mark.parametrize("exchange", CASES)
+NEUTRAL = {"codec": Identity(), "outer_lr": 1.0, "outer_momentum": 0.0, "nesterov": False}
+
+
+def plain(exchange: Any) -> Any:
+    """The exchange with every hyperparameter that has a neutral value at that value."""
+    has = {field.name for field in dataclasses.fields(exchange)}
+    return dataclasses.replace(exchange, **{k: v for k, v in NEUTRAL.items() if k in has})
+
+
 with_identity = pytest.mark.parametrize(
     "exchange",
-    list(
-        dict.fromkeys(
-            dataclasses.replace(case.values[0], codec=Identity())
-            if takes_codec(case.values[0])
-            else case.values[0]
-            for case in examples("exchange")
-        )
-    ),
+    list(dict.fromkeys(plain(case.values[0]) for case in examples("exchange"))),
     ids=lambda exchange: type(exchange).__name__,
 )
 
@@ -77,9 +83,36 @@ def trained(exchange: Exchange, size: int) -> list[tuple[Tensor, Spent, list[flo
     return run_in_process(lambda comm: train(comm, exchange), size)
 
 
+@cache
+def watched(exchange: Exchange, size: int) -> list[tuple[list[Moment], list[Moment]]]:
+    """Each worker's moments after its steps and before its collectives; computed once."""
+    return run_in_process(lambda comm: watch(comm, exchange), size)
+
+
 def agrees(exchange: Exchange) -> bool:
     """An exchange that sends anything does so to make the replicas agree."""
     return any(spent.bits_sent for _, spent, _ in trained(exchange, 2))
+
+
+def has_anchor(exchange: Exchange) -> bool:
+    """Whether workers go ways of their own from weights that they agreed on."""
+    return "anchor" in exchange.init(replica())
+
+
+def share(exchange: Any) -> float:
+    """The share of the weights that an exchange means to send; all, where it takes no ratios."""
+    names = [field.name for field in dataclasses.fields(exchange)]
+    ratios = [getattr(exchange, name) for name in names if name.endswith("_ratio")]
+    return sum(ratios) if ratios else 1.0
+
+
+def is_synchronous(exchange: Exchange) -> bool:
+    """Whether the replicas hold the same bits after every step."""
+    return all(
+        torch.equal(steps[k].weights, watched(exchange, 2)[0][0][k].weights)
+        for steps, _ in watched(exchange, 2)
+        for k in range(STEPS + 1)
+    )
 
 
 def test_there_are_exchanges_of_both_kinds() -> None:
@@ -91,11 +124,36 @@ def test_there_are_exchanges_of_both_kinds() -> None:
 @exchanges
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_replicas_hold_the_same_bits(exchange: Exchange, size: int) -> None:
-    first, *others = (own for own, _, _ in trained(exchange, size))
-    assert first.isfinite().all()
-    assert not torch.equal(first, weights(replica())), "nothing was learnt"
-    for other in others:
-        assert torch.equal(other, first) == agrees(exchange)
+    """In every step in which anything is sent: all weights, or as many as the ratios say."""
+    histories = [steps for steps, _ in watched(exchange, size)]
+    first, *others = histories
+    assert not torch.equal(first[-1].weights, first[0].weights), "nothing was learnt"
+    met = meetings(first)
+    assert bool(met) == agrees(exchange)
+    for history in histories:
+        assert meetings(history) == met, "all meet in the same steps"
+        assert history[-1].weights.isfinite().all()
+    for step in met:
+        same = torch.ones_like(first[step].weights, dtype=torch.bool)
+        for other in others:
+            assert torch.equal(other[step].agreed, first[step].agreed)
+            same &= other[step].weights == first[step].weights
+        for history in histories:
+            assert torch.equal(history[step].weights[same], first[step].agreed[same])
+        assert same.sum() >= int(share(exchange) * len(same))
+    if not met:
+        assert not any(torch.equal(other[-1].weights, first[-1].weights) for other in others)
+
+
+@exchanges
+def test_what_is_agreed_changes_in_meetings_only(exchange: Exchange) -> None:
+    if not has_anchor(exchange):
+        return
+    for steps, _ in watched(exchange, 3):
+        met = meetings(steps)
+        for before, after in itertools.pairwise(steps):
+            assert torch.equal(before.agreed, after.agreed) == (after.step not in met)
+            assert not torch.equal(before.weights, after.weights)
 
 
 @exchanges
@@ -125,31 +183,41 @@ def test_what_is_sent_is_received(exchange: Exchange, size: int) -> None:
 @with_identity
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_plain_gradients_are_one_large_batch(exchange: Exchange, size: int) -> None:
-    if not agrees(exchange):
+    if not is_synchronous(exchange):
         return
     (alone, _, _), *_ = trained(exchange, 1)
     for own, _, _ in trained(exchange, size):
         assert torch.allclose(own, alone, rtol=0, atol=1e-6)
 
 
+def test_several_exchanges_are_synchronous() -> None:
+    found = {type(c.values[0]) for c in CASES if is_synchronous(plain(c.values[0]))}
+    assert len(found) >= 3
+
+
 @with_identity
 def test_one_worker_is_plain_sgd(exchange: Exchange) -> None:
     ours, _, losses = train(Solo(), exchange)
     own, order = replica(), sampler(Solo())
-    plain = copy.deepcopy(own.model)
-    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
+    model = copy.deepcopy(own.model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
     expected = []
     for _ in range(EPOCHS):
         for index in order:
             optimizer.zero_grad()
             loss = nn.functional.cross_entropy(
-                plain(data().inputs[index]), data().targets[index], reduction="none"
+                model(data().inputs[index]), data().targets[index], reduction="none"
             ).mean()
             loss.backward()
             optimizer.step()
             expected.append(loss.item())
-    assert torch.equal(ours, torch.cat([p.detach().reshape(-1) for p in plain.parameters()]))
-    assert losses == expected
+    theirs = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    if has_anchor(exchange):  # the way there and back, w = a + (w - a), rounds
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+        assert losses == pytest.approx(expected, abs=1e-6)
+    else:
+        assert torch.equal(ours, theirs)
+        assert losses == expected
 
 
 @with_identity
@@ -261,25 +329,16 @@ def test_nan_on_one_worker_ends_all_before_any_update(
     with pytest.raises(NotFinite) as caught:
         run_in_process(worker, 3)
     assert any(repr(name) in str(caught.value) for name in replicas[0].parameters)
+    met = meetings(watched(exchange, 3)[0][0])
+    last = max([m for m in met if m < step], default=0)
+    following = min(m for m in met if m >= step)
     # Who had not begun when the first one failed has no part in it.
-    assert len(ended) == 3 or step == 1
+    assert len(ended) == 3 or last == 0
     assert all(isinstance(error, NotFinite | PeerLost) for error in ended.values())
-    clean = path(exchange)
-    for own in replicas:
+    assert replicas[culprit].step < step
+    for own, (steps, calls) in zip(replicas, watched(exchange, 3), strict=True):
         # A result that had arrived is not always applied any more by those who see a peer fail.
-        assert own.step in (step - 1, step - 2)
-        assert torch.equal(weights(own), clean[own.step]), "no update knows of the NaN"
-
-
-@cache
-def path(exchange: Exchange) -> list[Tensor]:
-    """The weights of three undisturbed workers before each step."""
-
-    def worker(comm: Comm) -> list[Tensor]:
-        own = replica()
-        records = fit(
-            own, data(), sampler(comm), CrossEntropy(), exchange=exchange, comm=comm, epochs=EPOCHS
-        )
-        return [weights(own), *(weights(own) for _ in records)]
-
-    return run_in_process(worker, 3)[0]
+        assert max(last - 1, 0) <= own.step <= following
+        clean = [m.weights for m in (*steps, *calls) if m.step < following]
+        clean += [m.weights for m in calls if m.step == following]
+        assert any(torch.equal(weights(own), w) for w in clean), "no update knows of the NaN"

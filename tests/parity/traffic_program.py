@@ -49,5 +49,6 @@ def settle(comm: Comm) -> None:
 
 
 if __name__ == "__main__":
-    call, num_bytes, times, workers = sys.argv[1], *map(int, sys.argv[2:5])
-    print(json.dumps(launch(worker, (call, num_bytes, times), workers=workers)))
+    print(
+        json.dumps([launch(worker, case[:3], workers=case[3]) for case in json.loads(sys.argv[1])])
+    )

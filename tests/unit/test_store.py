@@ -21,7 +21,7 @@ from sterna.runs import checkpoint, tree
 from sterna.runs.experiment import UnknownExperiment, all_experiments, resolve
 from sterna.runs.files import (
     StoreError,
-    append_row,
+    append_rows,
     keep_rows,
     read_json,
     read_rows,
@@ -82,8 +82,8 @@ def test_what_is_not_finite_becomes_null(tmp_path: Path) -> None:
 
 def test_rows_survive_a_last_line_cut_short(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    for step in range(4):
-        append_row(path, {"step": step})
+    append_rows(path, [{"step": 0}, {"step": 1}])
+    append_rows(path, [{"step": 2}, {"step": 3}])
     with path.open("a") as file:
         file.write('{"step": 4, "lo')
     assert [row["step"] for row in read_rows(path)] == [0, 1, 2, 3]

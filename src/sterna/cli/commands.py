@@ -24,10 +24,16 @@ from sterna.comm.launch import WorkerFailed, explains_itself, launch
 from sterna.comm.solo import Solo
 from sterna.runs.compare import Comparison, compare, write_comparison
 from sterna.runs.conclusion import conclusion
-from sterna.runs.experiment import UnknownExperiment, all_experiments, resolve
+from sterna.runs.experiment import (
+    UnknownExperiment,
+    all_experiments,
+    located,
+    resolve,
+    restored,
+)
 from sterna.runs.files import StoreError, read_json
 from sterna.runs.table import ComparisonTable, run_table
-from sterna.runs.worker import FORMAT, Request, build, work
+from sterna.runs.worker import FORMAT, Request, build, plain_arguments, work
 
 _METHOD_PACKAGES = ("codecs", "exchange", "objectives", "samplers")
 
@@ -92,8 +98,12 @@ def _run(arguments: list[str]) -> None:
             raise UsageError(
                 "Under torchrun, name the run folder with --out: the same on every host."
             )
+        _require(
+            flags.checkpoint_every >= 0, "--checkpoint-every", "0 or more", flags.checkpoint_every
+        )
         request = Request(
             experiment=name,
+            source=located(name),
             arguments=values,
             folder=folder,
             seed=flags.seed,
@@ -117,17 +127,16 @@ def _resume(flags: ResumeFlags) -> tuple[Mapping[str, Any], Path]:
             f"{folder / 'run.json'} has format {about.get('format')!r}; this version of Sterna "
             f"({sterna.__version__}) reads format {FORMAT}. Resume with the version that wrote it."
         )
-    function, typed = resolve(about["experiment"]), []
-    for key, value in about["arguments"].items():
-        if value is None or value is False:
-            continue
-        typed.append(f"--{key.replace('_', '-')}")
-        if value is not True:
-            typed += [str(v) for v in value] if isinstance(value, list) else [str(value)]
-    _, (values,) = parse(RunFlags, [function], typed, f"sterna run {about['experiment']}")
+    if _under_torchrun() and int(os.environ["WORLD_SIZE"]) != about["workers"]:
+        raise StoreError(
+            f"{folder} is a run of {about['workers']} workers; torchrun started "
+            f"{os.environ['WORLD_SIZE']}."
+        )
+    source = about.get("source") or about["experiment"]
     request = Request(
         experiment=about["experiment"],
-        arguments=values,
+        source=source,
+        arguments=restored(resolve(source), about["arguments"]),
         folder=folder,
         seed=about["seed"],
         checkpoint_every=about["checkpoint_every"],
@@ -142,10 +151,13 @@ def _execute(
     request: Request, workers: int, engine: str, max_restarts: int, timeout_s: float
 ) -> Mapping[str, Any]:
     """Run it on the transport that fits; the summary."""
-    if workers < 1:
-        raise UsageError(f"--workers must be at least 1; got {workers}.")
-    if max_restarts < 0:
-        raise UsageError(f"--max-restarts must be 0 or more; got {max_restarts}.")
+    _require(workers >= 1, "--workers", "at least 1", workers)
+    _require(max_restarts >= 0, "--max-restarts", "0 or more", max_restarts)
+    _require(timeout_s > 0, "--timeout", "above 0 seconds", timeout_s)
+    if _under_torchrun() and workers not in (1, int(os.environ["WORLD_SIZE"])):
+        raise UsageError(
+            f"Under torchrun, torchrun sets the number of workers; leave out --workers {workers}."
+        )
     summary: Mapping[str, Any]
     try:
         if _under_torchrun():
@@ -176,8 +188,13 @@ def _execute(
     return summary
 
 
+def _require(holds: bool, flag: str, what: str, got: object) -> None:
+    if not holds:
+        raise UsageError(f"{flag} must be {what}; got {got}.")
+
+
 def _say_what_is_saved(folder: Path) -> None:
-    steps = sorted(folder.glob("checkpoint/step-*/rank-0.safetensors"))
+    steps = sorted(folder.glob(f"checkpoint/step-{'[0-9]' * 8}/rank-0.safetensors"))
     if steps:
         step = int(steps[-1].parent.name.removeprefix("step-"))
         text = f"Saved up to step {step}; go on with: sterna run --resume {folder}"
@@ -201,6 +218,10 @@ def _refuse_existing(folder: Path) -> None:
 
 def _compare(arguments: list[str]) -> None:
     """``sterna compare``."""
+    if _under_torchrun():
+        raise UsageError(
+            "sterna compare starts its own workers; under torchrun use sterna run, then report."
+        )
     names: list[str] = []
     while arguments and not arguments[0].startswith("-"):
         names.append(arguments.pop(0))
@@ -210,8 +231,7 @@ def _compare(arguments: list[str]) -> None:
         raise UsageError("sterna compare: an experiment is named twice.")
     functions = [resolve(name) for name in names]
     flags, values = parse(CompareFlags, functions, arguments, "sterna compare EXPERIMENT ...")
-    if flags.seeds < 1:
-        raise UsageError(f"--seeds must be at least 1; got {flags.seeds}.")
+    _require(flags.seeds >= 1, "--seeds", "at least 1", flags.seeds)
     folder = flags.out or Path("runs") / f"compare-{time.strftime('%Y%m%d-%H%M%S')}"
     if (folder / "compare.json").exists():
         raise StoreError(f"{folder} holds a comparison already; choose another --out.")
@@ -223,13 +243,15 @@ def _compare(arguments: list[str]) -> None:
             request = replace(
                 first,
                 experiment=name,
+                source=located(name),
                 arguments=given,
                 folder=folder / _file_name(name) / f"seed-{seed}",
                 seed=seed,
                 quiet=flags.quiet or not console.is_terminal,
             )
-            _refuse_existing(request.folder)
-            summary = _execute(request, flags.workers, flags.engine, 0, flags.timeout)
+            summary = _done_before(request, flags.workers) or _execute(
+                request, flags.workers, flags.engine, 0, flags.timeout
+            )
             console.print(
                 f"{len(summaries) + 1:>3}/{flags.seeds * len(names)}  {name}  seed {seed}  "
                 f"{summary['wall_s']:.1f} s",
@@ -241,6 +263,32 @@ def _compare(arguments: list[str]) -> None:
     comparison = compare(summaries, names[0])
     write_comparison(folder, comparison)
     _show(comparison, write_report([folder], folder / "report.html"))
+
+
+def _done_before(request: Request, workers: int) -> Mapping[str, Any] | None:
+    """The summary that an interrupted comparison left; None where this run has to be (or go) on.
+
+    Raises:
+        StoreError: the folder holds a run of other settings.
+    """
+    if not (request.folder / "run.json").exists():
+        return None
+    about = read_json(request.folder / "run.json", "a run folder")
+    wanted = {
+        "format": FORMAT,
+        "experiment": request.experiment,
+        "arguments": plain_arguments(request.arguments),
+        "seed": request.seed,
+        "workers": workers,
+    }
+    odd = [key for key, value in wanted.items() if about.get(key) != value]
+    if odd:
+        raise StoreError(
+            f"{request.folder} holds a run of another {odd[0]} ({about.get(odd[0])!r}); choose another "
+            "--out."
+        )
+    finished = request.folder / "summary.json"
+    return read_json(finished, "a run folder") if finished.exists() else None
 
 
 def _show(comparison: Comparison, page: Path) -> None:

@@ -88,14 +88,13 @@ class ListFlags:
     ] = "all"
 
 
-def experiment_fields(function: Callable[..., Any], optional: bool) -> list[tuple[str, Any, Any]]:
+def experiment_fields(function: Callable[..., Any]) -> list[tuple[str, Any, Any]]:
     """Name, type and default of each parameter, for `make_dataclass`, with its help.
 
     The help comes from the ``Args:`` of the function, or else of its module.
 
     Args:
         function: the experiment.
-        optional: add None to each type and make it the default: "as the experiment says".
 
     Raises:
         TypeError: a parameter has no type or no default, or is positional.
@@ -116,8 +115,6 @@ def experiment_fields(function: Callable[..., Any], optional: bool) -> list[tupl
         default = (
             field() if parameter.default is parameter.empty else field(default=parameter.default)
         )
-        if optional:
-            kind, default = kind | None, field(default=None)
         found.append((name, Annotated[kind, _arg(help=" ".join((text or "").split()))], default))
     return found
 
@@ -140,10 +137,9 @@ def parse(
         SystemExit: help was asked for, or a flag is unknown or malformed.
     """
     own = {f.name for f in fields(flags)}
-    several = len(functions) > 1
     extra: dict[str, tuple[str, Any, Any]] = {}
     for function in functions:
-        for name, kind, default in experiment_fields(function, optional=several):
+        for name, kind, default in experiment_fields(function):
             if name in own:
                 raise TypeError(
                     f"{function.__name__}: the parameter {name!r} is a flag of the command itself; "
@@ -159,12 +155,24 @@ def parse(
     lead = (about or inspect.getdoc(flags) or "").partition("\n\nArgs:")[0]
     parsed: Any = tyro.cli(combined, args=list(arguments), prog=title, description=lead)
     values: Mapping[str, Any] = {name: getattr(parsed, name) for name in extra}
-    per_function = []
-    for function in functions:
-        names = inspect.signature(function).parameters
-        given = {n: v for n, v in values.items() if n in names}
-        per_function.append({n: v for n, v in given.items() if not (several and v is None)})
+    # Of several experiments, each keeps its own defaults: only what was typed is passed on.
+    typed = {argument.partition("=")[0] for argument in arguments}
+    chosen = {
+        name: value
+        for name, value in values.items()
+        if len(functions) == 1 or _flags_of(name) & typed
+    }
+    per_function = [
+        {name: v for name, v in chosen.items() if name in inspect.signature(function).parameters}
+        for function in functions
+    ]
     return flags(**{name: getattr(parsed, name) for name in own}), per_function
+
+
+def _flags_of(name: str) -> set[str]:
+    """What can be typed for a parameter."""
+    spelled = {name, name.replace("_", "-")}
+    return {f"--{word}" for word in spelled} | {f"--no-{word}" for word in spelled}
 
 
 def _field_default(f: Any) -> Any:

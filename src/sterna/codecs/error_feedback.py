@@ -30,9 +30,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sterna.codecs.form import empty
+from sterna.codecs.form import decode_mean, empty
 from sterna.flat import Flat, Named
-from sterna.seams import Averaging, Codec, Comm, Message, State
+from sterna.seams import Codec, Comm, Message, State
 
 _INNER = "inner."
 
@@ -50,7 +50,8 @@ class ErrorFeedback:
             smaller than what it is given (`Fp16`); below 1 for ternary codes.
 
     Raises:
-        ValueError: a hyperparameter is out of range.
+        TypeError: ``inner`` is not a codec.
+        ValueError: ``decay`` is out of range.
 
     Example:
         >>> from sterna.codecs.fp16 import Fp16
@@ -69,7 +70,7 @@ class ErrorFeedback:
 
     def __post_init__(self) -> None:
         if isinstance(self.inner, type) or not isinstance(self.inner, Codec):
-            raise ValueError(
+            raise TypeError(
                 f"ErrorFeedback: inner must be a codec; got {self.inner!r}. "
                 "Pass an instance, as in ErrorFeedback(inner=TernGrad())."
             )
@@ -143,11 +144,4 @@ class ErrorFeedback:
 
     def decode_mean(self, messages: Sequence[Message], like: Named) -> Named:
         """As the inner codec, message by message where it has no faster way."""
-        if isinstance(self.inner, Averaging):
-            return self.inner.decode_mean(messages, like)
-        first, *others = (Flat.of(self.inner.decode(message, like)) for message in messages)
-        mean = first.clone()
-        for other in others:
-            mean.buffer.add_(other.buffer)
-        mean.buffer.div_(len(messages))
-        return mean
+        return decode_mean(self.inner, messages, like)

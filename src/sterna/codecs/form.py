@@ -1,5 +1,6 @@
 """What a decoder goes by: the layout it must produce, and the sizes a message must then have."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sterna.flat import Flat, Layout, Named
-from sterna.seams import Message
+from sterna.seams import Averaging, Codec, Message
 
 
 class Form(NamedTuple):
@@ -58,3 +59,15 @@ def expect(who: str, message: Message, name: str, dtype: torch.dtype, num_elemen
             f"tensors; got {buffer.dtype} of shape {tuple(buffer.shape)}. The message is of other "
             "tensors, or of a codec with other hyperparameters."
         )
+
+
+def decode_mean(codec: Codec, messages: Sequence[Message], like: Named) -> Flat:
+    """Mean of what the messages say, in their order; in the codec's own faster way where it has one."""
+    if isinstance(codec, Averaging):
+        return Flat.of(codec.decode_mean(messages, like))
+    first, *others = (Flat.of(codec.decode(message, like)) for message in messages)
+    mean = first.clone()
+    for other in others:
+        mean.buffer.add_(other.buffer)
+    mean.buffer.div_(len(messages))
+    return mean

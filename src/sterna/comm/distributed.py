@@ -35,6 +35,8 @@ class Distributed:
     `PeerLost`; the group cannot be used any more after that.
     """
 
+    engine = "gloo"
+
     def __init__(
         self, group: dist.ProcessGroup | None = None, ledger: Ledger | None = None
     ) -> None:
@@ -84,11 +86,6 @@ class Distributed:
         if self.group is None and dist.is_initialized():
             dist.destroy_process_group()
 
-    @property
-    def engine(self) -> str:
-        """The backend's name, for the summary."""
-        return "nccl" if torch.cuda.is_available() else "gloo"
-
     def gather(self, message: Message) -> Sequence[Message]:
         """The messages of all workers, by rank; one all-gather of bytes."""
         data = wire.pack(message)
@@ -119,15 +116,17 @@ class Distributed:
         """The root's values, in place."""
         with self._collective("broadcast"):
             source = root if self.group is None else dist.get_global_rank(self.group, root)
-            dist.broadcast(x, source, group=self.group)
+            dense = x.contiguous()
+            dist.broadcast(dense, source, group=self.group)
             traffic.broadcast(self.ledger, self.size, x.nbytes, self.rank == root)
-        return x
+        return x if dense is x else x.copy_(dense)
 
     def _all_reduce(self, call: str, x: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
         with self._collective(call):
-            dist.all_reduce(x, op, group=self.group)
+            dense = x.contiguous()  # Gloo reads a strided tensor's memory as if it were dense
+            dist.all_reduce(dense, op, group=self.group)
             traffic.all_reduce(self.ledger, self.size, x.nbytes)
-        return x
+        return x if dense is x else x.copy_(dense)
 
     @contextmanager
     def _collective(self, call: str) -> Iterator[None]:

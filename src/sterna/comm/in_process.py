@@ -62,10 +62,10 @@ class InProcess:
 
     engine = "in_process"
 
-    def __init__(self, room: _Room, rank: int, seed: int, ledger: Ledger | None = None) -> None:
+    def __init__(self, room: _Room, rank: int, seed: int) -> None:
         self.rank = rank
         self.size = room.size
-        self.ledger = ledger or Ledger()
+        self.ledger = Ledger()
         self._room = room
         fresh = torch.Generator().manual_seed(derive(seed, "global", rank))
         self._random_state = fresh.get_state()

@@ -5,6 +5,7 @@ that never ran a kernel takes a few hundredths of a second; starting an interpre
 takes seconds. Workers meet through a file and talk over the loopback interface.
 """
 
+import dis
 import multiprocessing
 import os
 import pickle
@@ -31,11 +32,13 @@ class WorkerFailed(RuntimeError):
     Args:
         message: rank and reason, in one sentence.
         details: the worker's traceback, where there is one.
+        lost: the worker died or stopped answering, rather than raised an error of its own.
     """
 
-    def __init__(self, message: str, details: str = "") -> None:
+    def __init__(self, message: str, details: str = "", lost: bool = False) -> None:
         super().__init__(message)
         self.details = details
+        self.lost = lost
 
 
 def warm_up() -> None:
@@ -46,12 +49,16 @@ def warm_up() -> None:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """How a worker ended: ``result`` or ``error`` (with ``is_echo`` where it only saw a peer fail)."""
+    """How a worker ended: with a ``result`` or an ``error``.
+
+    ``is_echo``: it only saw a peer fail. ``died``: the process ended without a word.
+    """
 
     result: Any = None
     error: str | None = None
     details: str = ""
     is_echo: bool = False
+    died: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,21 +83,24 @@ def launch(
 ) -> Any:
     """Run ``worker(comm, *args)`` in ``workers`` processes of this machine; rank 0's result.
 
-    When a worker dies or raises, the others are stopped within seconds. With ``max_restarts`` left, all
-    start again in a new group; a worker goes on from what it saved.
+    When a worker dies or raises, the others are stopped within seconds. When one died or stopped
+    answering and ``max_restarts`` are left, all start again in a new group, from what they saved.
 
     Args:
         worker: an importable function; its arguments and rank 0's result must pickle.
         args: further arguments, the same for all.
         workers: number of processes.
-        max_restarts: how many failures to survive.
+        max_restarts: how many lost workers to survive.
         timeout_s: seconds after which a collective without an answer fails.
         on_restart: told the reason of each failure that is survived.
 
     Raises:
+        ValueError: ``workers`` is below 1.
         WorkerFailed: a worker failed and no restart is left.
         KeyboardInterrupt: Ctrl-C; the workers have been stopped.
     """
+    if workers < 1:
+        raise ValueError(f"launch: workers must be at least 1; got {workers}.")
     warm_up()
     with tempfile.TemporaryDirectory(prefix="sterna-") as folder:
         for attempt in range(max_restarts + 1):
@@ -98,8 +108,8 @@ def launch(
             try:
                 return _run_group(_Task(worker, tuple(args), workers, store, timeout_s))
             except WorkerFailed as failure:
-                if attempt == max_restarts:
-                    raise
+                if attempt == max_restarts or not failure.lost:
+                    raise  # an error of the worker's own would only come again
                 if on_restart is not None:
                     on_restart(str(failure))
     raise AssertionError("unreachable")
@@ -113,7 +123,7 @@ def _run_group(task: _Task) -> Any:
         for rank in range(task.size):
             receive, send = context.Pipe(duplex=False)
             process = context.Process(
-                target=_child, args=(rank, task, send), name=f"sterna-worker-{rank}", daemon=True
+                target=_child, args=(rank, task, send), name=f"sterna-worker-{rank}"
             )
             process.start()
             send.close()
@@ -151,7 +161,8 @@ def _supervise(processes: list[ForkServerProcess], ends: list[Connection]) -> An
     )
     if failures:
         rank, outcome = failures[0]
-        raise WorkerFailed(f"rank {rank}: {outcome.error}", outcome.details)
+        lost = outcome.died or outcome.is_echo
+        raise WorkerFailed(f"rank {rank}: {outcome.error}", outcome.details, lost)
     return outcomes[0].result
 
 
@@ -165,7 +176,7 @@ def _receive(rank: int, end: Connection, process: ForkServerProcess) -> _Outcome
             reason = f"the process was killed by {signal.Signals(-code).name}"
         else:
             reason = f"the process ended without a result (exit code {code})"
-        return _Outcome(error=reason)
+        return _Outcome(error=reason, died=True)
     outcome: _Outcome = pickle.loads(received)  # noqa: S301, TID251  from our own child, by pipe
     return outcome
 
@@ -218,10 +229,14 @@ def _child(rank: int, task: _Task, send: Connection) -> None:
 
 def explains_itself(error: BaseException) -> bool:
     """Whether the library raised it, with a message for users; a traceback would add nothing."""
-    innermost = None
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        innermost = frame.f_globals.get("__name__", "")
-    return str(innermost).partition(".")[0] == "sterna"
+    trace = error.__traceback__
+    if trace is None:
+        return False
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    ours = str(trace.tb_frame.f_globals.get("__name__")).partition(".")[0] == "sterna"
+    # Raised by a raise statement, not by an operation that went wrong.
+    return ours and trace.tb_frame.f_code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
 
 
 def _terminated(signum: int, frame: object) -> None:

@@ -7,8 +7,9 @@ mean, N-1 messages per worker, in rank order on every worker, so that all hold t
 
 import torch
 
+from sterna.codecs.form import decode_mean
 from sterna.flat import Flat, Named
-from sterna.seams import Averaging, Codec, Comm, State
+from sterna.seams import Codec, Comm, State
 
 
 def mean(
@@ -35,12 +36,4 @@ def mean(
         for buffer in message.buffers.values():
             comm.sum_(buffer.div_(comm.size))
         return Flat.of(codec.decode(message, named)), state
-    messages = comm.gather(message)
-    if isinstance(codec, Averaging):
-        return Flat.of(codec.decode_mean(messages, named)), state
-    first, *others = (Flat.of(codec.decode(received, named)) for received in messages)
-    result = first.clone()
-    for other in others:
-        result.buffer += other.buffer
-    result.buffer /= comm.size
-    return result, state
+    return decode_mean(codec, comm.gather(message), named), state

@@ -47,6 +47,7 @@ from sterna.randomness import generator
 from sterna.seams import Codec
 
 Jobs = queue.Queue[Callable[[], None] | None]
+_CLOSED = "The communication hook of this DDP model has been closed."
 
 
 def register(
@@ -78,7 +79,7 @@ def register(
     if not isinstance(ddp_model, DistributedDataParallel):
         raise TypeError(
             "register: ddp_model must be a torch.nn.parallel.DistributedDataParallel; got "
-            f"{type(ddp_model).__name__}. Wrap the model first: DistributedDataParallel(model)."
+            f"{type(ddp_model).__name__}. Wrap the model first."
         )
     if isinstance(codec, type) or not isinstance(codec, Codec):
         got = f"the class {codec.__name__}" if isinstance(codec, type) else type(codec).__name__
@@ -235,7 +236,7 @@ class DdpHook:
                 "module in a new DistributedDataParallel and register again, on every rank."
             ) from self._error
         if not self._leave.alive:
-            raise RuntimeError("The communication hook of this DDP model has been closed.")
+            raise RuntimeError(_CLOSED)
         buffer, parameters = bucket.buffer(), bucket.parameters()
         names = tuple(self._name_of[p] for p in parameters)
         if buffer.is_sparse:
@@ -298,7 +299,7 @@ class DdpHook:
     def _mean(self, flat: Flat) -> Flat:
         comm, names = self._comm, flat.layout.names
         if comm is None:
-            raise RuntimeError("The communication hook of this DDP model has been closed.")
+            raise RuntimeError(_CLOSED)
         start, waited = time.perf_counter(), self.ledger.spent().wait_s
         result, state = mean(flat, self._codec, self._state.of(names), comm, self._rng)
         if result.layout != flat.layout:
@@ -358,13 +359,14 @@ def _own_group(ddp_model: DistributedDataParallel, timeout_s: float) -> dist.Pro
 
 
 def _serve(jobs: Jobs) -> None:
-    """The communication thread. It holds no reference to the hook between jobs."""
+    """The communication thread; it holds no reference to the hook between jobs."""
     while (job := jobs.get()) is not None:
         try:
             job()
         finally:
             del job
             jobs.task_done()
+    jobs.task_done()
 
 
 def _shut_down(jobs: Jobs, thread: threading.Thread, group: list[dist.ProcessGroup]) -> None:

@@ -11,6 +11,14 @@ Args:
     batch_size: examples per step over all workers.
     clip: clip each tensor's gradient at this many standard deviations; none: no clipping.
     share_scalers: one scaler per tensor for all workers, or each its own.
+    every: steps between two rounds of communication. Replicas differ in between, so an evaluation then
+        is of each worker's own replica, and the saved one is rank 0's.
+    outer_lr: rate of the step from the last agreed weights towards the workers' average.
+    outer_momentum: momentum of that step.
+    nesterov: whether that momentum looks ahead.
+    core_ratio: share of the weights that travel for their significance.
+    explorer_ratio: share of the weights that travel by chance.
+    refresh_every: rounds from one choice of the most significant weights to the next.
 """
 
 from dataclasses import replace
@@ -23,6 +31,8 @@ from sterna.codecs import Fp16, Identity, TernGrad
 from sterna.data import mnist
 from sterna.exchange.all_reduce import AllReduce
 from sterna.exchange.local import Local
+from sterna.exchange.model_average import ModelAverage
+from sterna.exchange.slim_dp import SlimDP
 from sterna.models import LeNet5
 from sterna.runs.run import Run
 from sterna.schedules import Polynomial
@@ -78,6 +88,45 @@ def terngrad_dense(
 ) -> Run:
     """TernGrad with five codes to a byte: 1.6 bits each."""
     return _run(TernGrad(clip=clip, dense=True), data_dir, epochs, lr, batch_size)
+
+
+def local_sgd(
+    *,
+    data_dir: Path | None = None,
+    epochs: int = 10,
+    lr: float = 0.01,
+    batch_size: int = 64,
+    every: int = 10,
+    outer_lr: float = 1.0,
+    outer_momentum: float = 0.0,
+    nesterov: bool = False,
+) -> Run:
+    """Local SGD: workers step alone and average their weights every so many steps."""
+    exchange = ModelAverage(
+        every=every, outer_lr=outer_lr, outer_momentum=outer_momentum, nesterov=nesterov
+    )
+    return replace(_run(Identity(), data_dir, epochs, lr, batch_size), exchange=exchange)
+
+
+def slim_dp(
+    *,
+    data_dir: Path | None = None,
+    epochs: int = 10,
+    lr: float = 0.01,
+    batch_size: int = 64,
+    every: int = 1,
+    core_ratio: float = 0.15,
+    explorer_ratio: float = 0.15,
+    refresh_every: int = 50,
+) -> Run:
+    """Slim-DP: of the weights only the most significant and some at random travel."""
+    exchange = SlimDP(
+        every=every,
+        core_ratio=core_ratio,
+        explorer_ratio=explorer_ratio,
+        refresh_every=refresh_every,
+    )
+    return replace(_run(Identity(), data_dir, epochs, lr, batch_size), exchange=exchange)
 
 
 def lenet(

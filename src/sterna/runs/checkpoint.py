@@ -48,17 +48,30 @@ def save(folder: Path, replica: Replica, sampler: Sampler, streams: Streams, com
     path = folder / f"step-{replica.step:08d}" / f"rank-{comm.rank}.safetensors"
     write_whole(path, lambda beside: save_file(tensors, beside, metadata=header))
     for old in _steps(folder, comm.rank)[:-_KEEP]:
-        _path(folder, old, comm.rank).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # not empty yet, or another rank was quicker
-            (folder / f"step-{old:08d}").rmdir()
+        _remove(folder, old, comm.rank)
     return path
+
+
+def forget(folder: Path, rank: int, beyond: int) -> None:
+    """Remove this worker's checkpoints of later steps than ``beyond``: of a run that is no more."""
+    for step in _steps(folder, rank):
+        if step > beyond:
+            _remove(folder, step, rank)
+
+
+def _remove(folder: Path, step: int, rank: int) -> None:
+    path = _path(folder, step, rank)
+    path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # not empty yet, or another rank was quicker
+        path.parent.rmdir()
 
 
 def restore(folder: Path, replica: Replica, sampler: Sampler, streams: Streams, comm: Comm) -> bool:
     """Go back to the newest step that every worker can read; False where there is none.
 
     Raises:
-        StoreError: the file was written by another version, or does not fit the model.
+        StoreError: the file was written by another version, or does not fit the model; or some workers
+            hold checkpoints, but no step is held by all.
     """
     step = _agree_on_step(folder, comm)
     if step is None:
@@ -77,7 +90,11 @@ def restore(folder: Path, replica: Replica, sampler: Sampler, streams: Streams, 
         ) from error
     replica.step = values["step"]
     sampler.load_state_dict(values["sampler"])
-    streams.state = values["state"]
+    device = replica.gradients.buffer.device
+    streams.state = {
+        slot: {name: x.to(device) for name, x in named.items()}
+        for slot, named in values["state"].items()
+    }
     streams.objective.set_state(values["objective_rng"])
     streams.exchange.set_state(values["exchange_rng"])
     torch.set_rng_state(values["global_rng"])
@@ -92,7 +109,7 @@ def _path(folder: Path, step: int, rank: int) -> Path:
 def _steps(folder: Path, rank: int) -> list[int]:
     return sorted(
         int(path.parent.name.removeprefix("step-"))
-        for path in folder.glob(f"step-*/rank-{rank}.safetensors")
+        for path in folder.glob(f"step-{'[0-9]' * 8}/rank-{rank}.safetensors")
     )
 
 
@@ -122,5 +139,11 @@ def _agree_on_step(folder: Path, comm: Comm) -> int | None:
     offer = torch.cat([offer.new_full((_KEEP + 1 - len(offer),), -1), offer])
     with comm.ledger.paused():
         offers = [m.buffers["steps"].tolist() for m in comm.gather(Message({"steps": offer}))]
-    common = set(offers[0]).intersection(*offers[1:]) - {-1}
+    held = [sorted(set(offer) - {-1}) for offer in offers]
+    common = set(held[0]).intersection(*held[1:])
+    if any(held) and not common:
+        raise StoreError(
+            f"{folder}: no step is held whole by every worker (steps by rank: {held}); a worker's files "
+            "are missing, or the number of workers has changed. Bring the files back, or start a new run."
+        )
     return max(common) if common else None

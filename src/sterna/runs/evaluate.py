@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _NormBase
 
 from sterna.data.examples import Examples
 from sterna.flat import Flat
@@ -36,11 +37,18 @@ def evaluate(model: nn.Module, examples: Examples, comm: Comm) -> tuple[float, f
 
 
 def average_buffers(model: nn.Module, comm: Comm) -> None:
-    """Replace the floating-point buffers (batch-norm statistics) by their mean over the workers.
+    """Replace the running statistics of normalisation layers by their mean over the workers.
 
     Gradients are exchanged, buffers are not, so each worker's statistics come from its own examples.
+    Other buffers are left alone.
     """
-    buffers = {name: b for name, b in model.named_buffers() if b.is_floating_point()}
+    buffers = {
+        f"{prefix}.{name}": buffer
+        for prefix, module in model.named_modules()
+        if isinstance(module, _NormBase)
+        for name, buffer in module.named_buffers()
+        if buffer.is_floating_point()
+    }
     if not buffers or comm.size == 1:
         return
     flat = Flat.of(buffers)

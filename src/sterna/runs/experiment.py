@@ -5,10 +5,11 @@ import importlib.util
 import inspect
 import pkgutil
 import sys
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from types import ModuleType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from sterna.runs.run import Run
 
@@ -44,6 +45,27 @@ def resolve(name: str) -> Callable[..., Run]:
     )
 
 
+def located(name: str) -> str:
+    """The name by which `resolve` finds it from any folder."""
+    file_name, colon, function_name = name.partition(":")
+    return f"{Path(file_name).resolve()}{colon}{function_name}" if ".py" in name else name
+
+
+def restored(function: Callable[..., Run], plain: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments that went through JSON, in the types that the experiment's signature gives."""
+    hints = get_type_hints(function)
+    return {name: _typed(value, hints.get(name, Any)) for name, value in plain.items()}
+
+
+def _typed(value: Any, hint: Any) -> Any:
+    choices = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    if isinstance(value, str) and Path in choices and str not in choices:
+        return Path(value)
+    if isinstance(value, list) and any(get_origin(choice) is tuple for choice in choices):
+        return tuple(value)
+    return value
+
+
 def experiments_of(module: ModuleType) -> dict[str, Callable[..., Run]]:
     """The public functions of a module that return a `Run`, in the order of the file."""
     return {
@@ -77,16 +99,14 @@ def _from_file(name: str) -> Callable[..., Run]:
     path = Path(file_name).resolve()
     if not path.is_file():
         raise UnknownExperiment(f"There is no file {file_name} for the experiment {name!r}.")
-    module_name = f"sterna_user_{path.stem}"
+    module_name = f"sterna_user_{path.stem}_{zlib.crc32(str(path).encode()):08x}"
     spec = importlib.util.spec_from_file_location(module_name, path)
     assert spec is not None and spec.loader is not None  # noqa: S101  a .py file has a loader
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module
-    sys.path.insert(0, str(path.parent))
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(path.parent))
+    if str(path.parent) not in sys.path:  # for what it imports, now or when it is called
+        sys.path.insert(0, str(path.parent))
+    spec.loader.exec_module(module)
     function: Any = getattr(module, function_name, None)
     if not callable(function):
         there = ", ".join(experiments_of(module)) or "no function that is annotated to return a Run"

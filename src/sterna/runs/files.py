@@ -4,7 +4,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,15 +87,16 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     return value
 
 
-def append_row(path: Path, row: Mapping[str, Any]) -> None:
-    """One line of JSON at the end of ``path``; figures that are not finite become null.
+def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """One line of JSON per row at the end of ``path``; figures that are not finite become null.
 
     Raises:
-        StoreError: the line could not be written.
+        StoreError: the lines could not be written.
     """
+    text = "".join(json.dumps(finite(row), allow_nan=False) + "\n" for row in rows)
     try:
         with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(finite(row), allow_nan=False) + "\n")
+            file.write(text)
     except OSError as error:
         raise StoreError(f"{path} could not be written: {error}.") from error
 

@@ -6,7 +6,6 @@ dicts are nested and mix tensors with numbers; `split` and `join` go between the
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sterna.flat import Flat
@@ -21,6 +20,7 @@ def split(tree: Any) -> tuple[dict[str, Tensor], Any]:
         TypeError: the tree holds something that is neither tensor, number, string, None nor container.
 
     Example:
+        >>> import torch
         >>> tensors, rest = split({"momentum": [torch.zeros(2), 0.9]})
         >>> sorted(tensors), rest
         (['momentum/0'], {'momentum': [{'$tensor': 'momentum/0'}, 0.9]})
@@ -63,8 +63,3 @@ def join(tensors: dict[str, Tensor], rest: Any) -> Any:
     if isinstance(rest, list):
         return [join(tensors, item) for item in rest]
     return rest
-
-
-def clone(tree: Any) -> Any:
-    """A deep copy that shares no memory."""
-    return join(*split(tree)) if not isinstance(tree, torch.Tensor) else tree.clone()

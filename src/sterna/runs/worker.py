@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import os
 import resource
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -23,7 +24,7 @@ from sterna.runs import checkpoint
 from sterna.runs.environment import environment
 from sterna.runs.evaluate import average_buffers, evaluate
 from sterna.runs.experiment import resolve
-from sterna.runs.files import append_row, keep_rows, write_json, write_whole
+from sterna.runs.files import StoreError, append_rows, keep_rows, read_json, write_json, write_whole
 from sterna.runs.progress import Progress
 from sterna.runs.run import Run
 from sterna.runs.tensorboard import TensorBoard
@@ -38,7 +39,9 @@ class Request:
     """What is to be run, as it travels to the worker processes.
 
     Args:
-        experiment: name for `sterna.runs.experiment.resolve`.
+        experiment: its name, as typed.
+        source: what `sterna.runs.experiment.resolve` finds it by: the name, or the absolute path of a
+            user's file and the function; default: the name.
         arguments: the experiment function's keyword arguments.
         folder: the run folder. Where it holds checkpoints, the run goes on from the newest.
         seed: seeds initialisation, data order and every coin.
@@ -50,6 +53,7 @@ class Request:
     experiment: str
     arguments: Mapping[str, Any]
     folder: Path
+    source: str = ""
     seed: int = 0
     checkpoint_every: int = 0
     device: str = "cpu"
@@ -72,7 +76,13 @@ def work(comm: Comm, request: Request, run: Run | None = None) -> dict[str, Any]
 def build(request: Request) -> Run:
     """Call the experiment; what it draws at random is the same on every worker."""
     with isolated(request.seed, "experiment"):
-        return resolve(request.experiment)(**request.arguments)
+        return resolve(request.source or request.experiment)(**request.arguments)
+
+
+def plain_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """An experiment's arguments as they stand in ``run.json``; paths are strings."""
+    plain: dict[str, Any] = json.loads(json.dumps(dict(arguments), default=str))
+    return plain
 
 
 class _Worker:
@@ -83,6 +93,9 @@ class _Worker:
                 f"{run.batch_size}."
             )
         agree(comm, "the method", repr({**run.methods(), "seed": request.seed}))
+        agree(comm, "the data", f"{run.data.name}, {len(run.data.train)}, {len(run.data.test)}")
+        agree(comm, "when to save", repr(request.checkpoint_every))
+        self.data = run.data.to(request.device)
         with isolated(request.seed, "model"):
             self.model = run.model().to(request.device)
         self.multiply_adds = multiply_adds(self.model, run.data.train.inputs[:1])
@@ -108,6 +121,7 @@ class _Worker:
         comm, replica, request = self.comm, self.replica, self.request
         saved = request.folder / "checkpoint"
         resumed = checkpoint.restore(saved, replica, self.sampler, self.streams, comm)
+        checkpoint.forget(saved, comm.rank, beyond=replica.step if resumed else -1)
         self._open(resumed)
         with Progress(request.experiment, self.steps, comm, quiet=request.quiet) as progress:
             progress.show(replica.step)
@@ -115,10 +129,10 @@ class _Worker:
                 self._share_start()
                 self._evaluate(progress, epoch=0)
             elif replica.step == self.steps:  # it was finished; only the summary may be missing
-                self.loss, self.accuracy = evaluate(self.model, self.run.data.test, comm)
+                self.loss, self.accuracy = evaluate(self.model, self.data.test, comm)
             for record in fit(
                 replica,
-                self.run.data.train,
+                self.data.train,
                 self.sampler,
                 self.run.objective,
                 exchange=self.run.exchange,
@@ -135,32 +149,53 @@ class _Worker:
                 every = request.checkpoint_every or len(self.sampler)
                 if record.step % every == 0:
                     self._flush()
+                    with comm.ledger.paused():  # no worker is ahead of the others when it saves
+                        comm.max_(torch.zeros(1))
                     checkpoint.save(saved, replica, self.sampler, self.streams, comm)
         return self._finish()
 
     def _open(self, resumed: bool) -> None:
         """Describe the run; on resumption drop the rows that the checkpoint does not know of."""
+        folder, step = self.request.folder, self.replica.step
+        # One description per machine: what goes on from it need not share a file system.
+        if self.leads or os.environ.get("LOCAL_RANK") == "0":
+            self._describe(resumed)
         if not self.leads:
             self.board = TensorBoard(None)
             return
-        folder, step = self.request.folder, self.replica.step
         if resumed:
             for name in ("metrics.jsonl", "ledger.jsonl"):
                 keep_rows(folder / name, lambda row: row["step"] <= step)
         else:
             for name in ("metrics.jsonl", "ledger.jsonl"):
                 (folder / name).unlink(missing_ok=True)
-        self.board = TensorBoard(folder, purge_step=step if resumed else None)
+        self.board = TensorBoard(folder, purge_step=step + 1 if resumed else None)
+
+    def _describe(self, resumed: bool) -> None:
+        """Write ``run.json``.
+
+        Raises:
+            StoreError: the run goes on, but with other methods than it was started with.
+        """
+        path, methods = self.request.folder / "run.json", self.run.methods()
+        if resumed:
+            before = read_json(path, "a run folder").get("methods")
+            if before != methods:
+                raise StoreError(
+                    f"{path} says that the run was started with {before}, and now it is {methods}; "
+                    "resume with the code and arguments that it was started with."
+                )
         write_json(
-            folder / "run.json",
+            path,
             {
                 "format": FORMAT,
                 "experiment": self.request.experiment,
                 "method": repr(self.run.exchange),
-                "methods": self.run.methods(),
+                "methods": methods,
                 "model": repr(self.model),
                 "data": self.run.data.name,
-                "arguments": json.loads(json.dumps(dict(self.request.arguments), default=str)),
+                "source": self.request.source,
+                "arguments": plain_arguments(self.request.arguments),
                 "seed": self.request.seed,
                 "workers": self.comm.size,
                 "engine": self.comm.engine,
@@ -176,6 +211,7 @@ class _Worker:
         with self.comm.ledger.paused(), torch.no_grad():
             for x in self.model.state_dict().values():
                 self.comm.broadcast_(x)
+        self.streams.state = self.run.exchange.init(self.replica)  # it may keep the weights
 
     def _note(self, step: int, epoch: int, loss: float) -> None:
         spent = self.comm.ledger.spent()
@@ -186,14 +222,14 @@ class _Worker:
         self.board.add(step, {"train/loss": loss, "ledger/bits_sent_by_rank_0": spent.bits_sent})
 
     def _flush(self) -> None:
-        for row in self.rows:
-            append_row(self.metrics, row)
+        append_rows(self.metrics, self.rows)
         self.rows.clear()
 
     def _evaluate(self, progress: Progress, epoch: int) -> None:
         """Test loss and accuracy, and every worker's ledger."""
-        average_buffers(self.model, self.comm)
-        loss, accuracy = evaluate(self.model, self.run.data.test, self.comm)
+        if self.replica.step:
+            average_buffers(self.model, self.comm)
+        loss, accuracy = evaluate(self.model, self.data.test, self.comm)
         self.loss, self.accuracy = loss, accuracy
         self._measure_memory()
         workers = self._ledgers()
@@ -201,21 +237,23 @@ class _Worker:
             return
         everyone, step = total(workers), self.replica.step
         self._flush()
-        append_row(
-            self.metrics,
-            {
-                "kind": "eval",
-                "step": step,
-                "epoch": epoch,
-                "loss": loss,
-                "accuracy": accuracy,
-                "seconds": workers[0].compute_s + workers[0].wait_s,
-                "bits_sent": everyone.bits_sent,
-            },
+        evaluation = {
+            "kind": "eval",
+            "step": step,
+            "epoch": epoch,
+            "loss": loss,
+            "accuracy": accuracy,
+            "seconds": workers[0].compute_s + workers[0].wait_s,
+            "bits_sent": everyone.bits_sent,
+        }
+        append_rows(self.metrics, [evaluation])
+        append_rows(
+            self.request.folder / "ledger.jsonl",
+            [
+                {"step": step, "epoch": epoch, "worker": rank, **asdict(spent)}
+                for rank, spent in enumerate(workers)
+            ],
         )
-        for rank, spent in enumerate(workers):
-            row = {"step": step, "epoch": epoch, "worker": rank, **asdict(spent)}
-            append_row(self.request.folder / "ledger.jsonl", row)
         self.board.add(
             step,
             {"test/loss": loss, "test/accuracy": accuracy, "ledger/bits_sent": everyone.bits_sent},
@@ -272,7 +310,8 @@ class _Worker:
             summary["wait_s"] = 0.0
         if self.leads:
             folder = self.request.folder
-            state = {k: v.detach().cpu().contiguous() for k, v in self.model.state_dict().items()}
+            # Copies, because safetensors refuses tensors that share memory, as tied weights do.
+            state = {k: v.cpu().contiguous().clone() for k, v in self.model.state_dict().items()}
             write_whole(folder / "model.safetensors", lambda beside: save_file(state, beside))
             write_json(folder / "summary.json", summary)
             self.board.close()
