@@ -34,7 +34,7 @@ class RunFlags:
     timeout: Annotated[
         float, _arg(help="seconds after which a worker that does not answer counts as lost")
     ] = 300.0
-    device: Annotated[str, _arg(help="where the model lives: cpu, cuda")] = "cpu"
+    device: Annotated[str, _arg(help="where the model lives: cpu; cuda is untested")] = "cpu"
     quiet: Annotated[bool, _arg(help="show no progress")] = False
 
 
@@ -51,7 +51,7 @@ class CompareFlags:
     timeout: Annotated[
         float, _arg(help="seconds after which a worker that does not answer counts as lost")
     ] = 300.0
-    device: Annotated[str, _arg(help="where the model lives: cpu, cuda")] = "cpu"
+    device: Annotated[str, _arg(help="where the model lives: cpu; cuda is untested")] = "cpu"
     quiet: Annotated[bool, _arg(help="show no progress")] = False
 
 

@@ -110,9 +110,8 @@ class DdpHook:
         ledger: what the exchange cost this rank: bits, messages, ``wait_s`` in collectives and
             ``compute_s`` of the codec, in the communication thread.
 
-    An error while a bucket is exchanged (`NotFinite`, `PeerLost`) is raised by ``backward()``,
-    after DDP has finished its pass. The gradients of that step must not be used, the other ranks
-    hear `PeerLost`, and the hook cannot be used any more.
+    An error while a bucket is exchanged (`NotFinite`, `PeerLost`) is raised by ``backward()`` after DDP
+    has finished its pass; the other ranks hear `PeerLost`. The hook cannot be used any more.
     """
 
     def __init__(
@@ -160,10 +159,9 @@ class DdpHook:
     def state_dict(self) -> dict[str, Tensor]:
         """This rank's codec state, coins and step as plain tensors, by parameter name.
 
-        Save one per rank, with ``safetensors`` or ``torch.save``. It goes with the model's and the
-        optimizer's; training goes on bitwise as without the interruption, also in a new DDP object,
-        from the step on where DDP has settled its buckets (the third; with ``static_graph`` the
-        fourth).
+        Save one per rank, with the model's and the optimizer's. Training goes on bitwise as without the
+        interruption, also in a new DDP object, from the step on where DDP has settled its buckets (the
+        third; with ``static_graph`` the fourth).
         """
         own = self._collected()
         numbers, buckets = {n: k for k, n in enumerate(self._name_of.values())}, self._last_pass
