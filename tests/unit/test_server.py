@@ -185,6 +185,22 @@ def test_between_updates_the_replica_holds_the_servers_weights():
         before = after
 
 
+def test_evaluation_between_updates_and_gradients_from_before_change_nothing():
+    found = []
+    for disturb in (False, True):
+        with isolated(1, "model"):
+            model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
+        own = Replica(model, torch.optim.SGD(model.parameters(), lr=0.5))
+        if disturb:
+            own.gradients.buffer.fill_(3.0)
+        for _ in simulate(own, POINTS, Shuffle(16, 4), CrossEntropy(), epochs=3):
+            if disturb:
+                own.model.eval()
+        found.append({name: x.clone() for name, x in model.state_dict().items()})
+    straight, disturbed = found
+    assert all(torch.equal(straight[name], disturbed[name]) for name in straight)
+
+
 def test_the_caller_may_stop_and_go_on():
     """What was in flight is given up; a second call counts on from the replica's step."""
     own, order = _replica(), Shuffle(16, 2)

@@ -211,7 +211,7 @@ class _Simulation:
 
     def run(self, sampler: Sampler, batches: Iterator[tuple[int, Tensor]]) -> Iterator[Update]:
         """Let things happen in the order of their times; at equal times as they were planned."""
-        self.replica.model.train()
+        self.replica.clear()
         self._admit(batches)
         while self.events:
             self.now, _, event = heapq.heappop(self.events)
@@ -267,6 +267,8 @@ class _Simulation:
     def _compute(self, clock: _Clock) -> None:
         """The worker has its gradient, at the weights that it read, and pushes it."""
         worker, replica = self.workers[clock.rank], self.replica
+        if not replica.model.training:  # the caller may have evaluated it
+            replica.model.train()
         batch = self.data[clock.index]
         elsewhere = clock.version != replica.step
         if elsewhere:
