@@ -269,7 +269,8 @@ def test_run_folder_of_another_version_is_refused(finished: Path, folder: Path) 
 def test_checkpoint_of_another_model_is_refused(finished: Path, folder: Path) -> None:
     run = copy_of(finished, folder)
     about = json.loads((run / "run.json").read_text())
-    about |= {"experiment": "mine.py:train_other", "arguments": {"epochs": 3}}
+    other = "mine.py:train_other"
+    about |= {"experiment": other, "source": other, "arguments": {"epochs": 3}}
     (run / "run.json").write_text(json.dumps(about))
     ended = sterna("run", "--resume", "run", cwd=folder)
     assert ended.status == 1
