@@ -19,7 +19,7 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	@rm -rf runs/demo
 	$(BIN)/sterna compare digits.sync digits.fp16 digits.terngrad digits.terngrad_dense \
-	  --workers 4 --seeds 3 --out runs/demo
+	  --epochs 20 --workers 4 --seeds 3 --out runs/demo
 
 test: $(READY) lint types
 	$(BIN)/pytest -m "not slow" -n 2 --dist loadfile
