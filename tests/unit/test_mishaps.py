@@ -15,12 +15,12 @@ from sterna.comm.in_process import run_in_process
 from sterna.comm.launch import WorkerFailed, explains_itself, launch
 from sterna.comm.solo import Solo
 from sterna.data.examples import Dataset, Examples
+from sterna.evaluation import average_buffers
 from sterna.loop import fit
 from sterna.objectives import CrossEntropy
 from sterna.randomness import generator, isolated
 from sterna.replica import Replica
 from sterna.runs import checkpoint
-from sterna.runs.evaluate import average_buffers
 from sterna.runs.experiment import located, resolve, restored
 from sterna.runs.files import StoreError
 from sterna.runs.request import Request

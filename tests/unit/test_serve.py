@@ -9,9 +9,9 @@ from torch import nn
 
 from sterna.cli.commands import dispatch
 from sterna.data.examples import Examples
+from sterna.evaluation import reestimate
 from sterna.flat import Flat
 from sterna.randomness import generator, isolated
-from sterna.runs.evaluate import reestimate
 from sterna.runs.setting import Setting
 from sterna.seams import Push
 from sterna.server import DelayCompensation

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from sterna.comm.solo import Solo
+from sterna.evaluation import evaluate, reestimate
 from sterna.ledger import Spent, total
 from sterna.randomness import isolated
 from sterna.runs import checkpoint
 from sterna.runs.drivers import Driver, driver
-from sterna.runs.evaluate import evaluate, reestimate
 from sterna.runs.parts import asynchronous, parts
 from sterna.runs.progress import Progress
 from sterna.runs.recorder import Recorder, resident_bytes

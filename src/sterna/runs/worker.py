@@ -7,13 +7,13 @@ from typing import Any
 import torch
 
 from sterna.comm.agreement import agree
+from sterna.evaluation import average_buffers, evaluate
 from sterna.flat import Layout
 from sterna.ledger import Spent, total
 from sterna.loop import Streams, fit
 from sterna.randomness import isolated
 from sterna.replica import Replica
 from sterna.runs import checkpoint
-from sterna.runs.evaluate import average_buffers, evaluate
 from sterna.runs.progress import Progress
 from sterna.runs.recorder import Recorder, resident_bytes
 from sterna.runs.request import Request, build

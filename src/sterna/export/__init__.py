@@ -1,0 +1,1 @@
+"""Out of Python: ONNX files, and how fast a model really is."""
