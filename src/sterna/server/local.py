@@ -1,6 +1,6 @@
 """Workers that are processes of this machine: shared memory, one writer, no lock, no port.
 
-    mailbox of a worker:   heartbeat | weights | gradient | encoded gradient            (shared memory)
+    mailbox of a worker:   heartbeat | weights | gradient | encoded gradient, if any    (shared memory)
     its two pipes:         orders and index -> worker,   head and losses -> server      (a few bytes)
 
 The worker's parameters are views of ``weights`` and its gradients of ``gradient``, so a push of plain
@@ -32,13 +32,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sterna.comm import wire
 from sterna.comm.launch import WorkerFailed, die_with_parent, explains_itself, warm_up
 from sterna.comm.shared import SharedMemory
-from sterna.comm.solo import Solo
 from sterna.flat import Flat, Layout
-from sterna.randomness import generator
 from sterna.seams import Message
+from sterna.server.parcels import Form
 from sterna.server.post import Event, Joined, Left, Order, Pushed
 from sterna.server.server import Server
 from sterna.server.worker import Computing, Task, bind
@@ -48,7 +46,7 @@ _GRACE_S = 3.0
 _ORDER = struct.Struct("<qqqq")  # session, clock, batch, read
 _HEAD = struct.Struct("<qqqqdqq")  # kind, clock, parcel bytes, losses, seconds, activations, memory
 _NOTHING = (0, 0, 0, 0.0, 0, 0)
-_IN_PLACE, _PACKED, _REFUSED, _READY, _ERROR = range(5)
+_PUSHED, _REFUSED, _READY, _ERROR = range(4)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,31 +69,32 @@ class Workers:
 
 
 class _Box(NamedTuple):
-    """A mailbox: views of one shared memory."""
+    """A mailbox: views of one shared memory. ``body``: where a push lies; plain ones in the gradient."""
 
     memory: SharedMemory
     beat: Tensor
     weights: Flat
     gradient: Flat
-    parcel: Tensor
+    body: Tensor
 
     @classmethod
-    def on(cls, memory: SharedMemory, layout: Layout, dtype: torch.dtype) -> "_Box":
+    def on(cls, memory: SharedMemory, layout: Layout, dtype: torch.dtype, form: Form) -> "_Box":
         n = layout.num_elements
         size = _aligned(n * dtype.itemsize)
+        body = 64 + (size if form.plain else 2 * size)
         return cls(
             memory,
             memory.tensor(torch.int64, 0, 1),
             Flat(layout, memory.tensor(dtype, 64, n)),
             Flat(layout, memory.tensor(dtype, 64 + size, n)),
-            memory.bytes[64 + 2 * size :],
+            memory.bytes[body : body + form.capacity],
         )
 
     @staticmethod
-    def size(layout: Layout, dtype: torch.dtype) -> int:
-        """Bytes: a parcel may be somewhat larger than the gradient, as a codec's worst case."""
+    def size(layout: Layout, dtype: torch.dtype, form: Form) -> int:
+        """Bytes of the shared memory."""
         one = _aligned(layout.num_elements * dtype.itemsize)
-        return 64 + 3 * one + one // 4 + 256 * len(layout.names) + 4096
+        return 64 + 2 * one + (0 if form.plain else form.capacity)
 
 
 def _aligned(num_bytes: int) -> int:
@@ -141,9 +140,7 @@ class Mailboxes:
 
     def __init__(self, like: Flat, rules: Server, workers: Workers, seed: int) -> None:
         self._like, self._rules, self._workers, self._seed = like, rules, workers, seed
-        zeros = Flat.zeros_like(like)
-        codec = rules.codec
-        self._form, _ = codec.encode(zeros, codec.init(zeros), Solo(), generator(0, "form"))
+        self._form = Form.of(rules.codec, like)
         self._context = get_context("forkserver")
         self._selector = selectors.DefaultSelector()
         self._places: dict[int, _Place] = {}
@@ -159,7 +156,7 @@ class Mailboxes:
 
     def _start(self, worker: int) -> None:
         layout, dtype = self._like.layout, self._like.buffer.dtype
-        memory = SharedMemory(_Box.size(layout, dtype))
+        memory = SharedMemory(_Box.size(layout, dtype, self._form))
         ours, theirs = self._context.Pipe()
         factor = self._workers.stragglers.get(worker, 1.0)
         job = _Job(
@@ -171,7 +168,7 @@ class Mailboxes:
         process.start()
         theirs.close()
         self._places[worker] = _Place(
-            process, ours, _Box.on(memory, layout, dtype), beat_at=time.monotonic()
+            process, ours, _Box.on(memory, layout, dtype, self._form), beat_at=time.monotonic()
         )
         self._selector.register(ours, selectors.EVENT_READ, worker)
 
@@ -211,11 +208,8 @@ class Mailboxes:
         losses = torch.frombuffer(bytearray(rest), dtype=torch.float32, count=count)
         if kind == _REFUSED:
             reason = rest[4 * count :].decode()
-        elif kind == _IN_PLACE:
-            (name,) = self._form.buffers
-            message = Message({name: place.box.gradient.buffer})
         else:
-            message = wire.unpack(place.box.parcel[:size], self._form, f"worker {worker}")
+            message = self._form.take(place.box.body, size, f"worker {worker}")
         return Pushed(worker, clock, losses, message, reason, compute_s, activations, memory)
 
     def _cause(self, process: ForkServerProcess) -> str:
@@ -323,7 +317,9 @@ def _child(job: _Job, pipe: Connection) -> None:
     """A worker process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    box = _Box.on(job.memory, job.layout, job.dtype)
+    n = job.layout.num_elements
+    form = Form.of(job.rules.codec, Flat(job.layout, torch.zeros(n, dtype=job.dtype)))
+    box = _Box.on(job.memory, job.layout, job.dtype, form)
     threading.Thread(target=_beat, args=(box.beat,), daemon=True).start()
     threading.Thread(target=die_with_parent, daemon=True).start()
     torch.set_num_threads(1)
@@ -331,7 +327,7 @@ def _child(job: _Job, pipe: Connection) -> None:
         task = job.make()
         bind(task, box.weights, box.gradient, job.layout)
         pipe.send_bytes(_HEAD.pack(_READY, *_NOTHING))
-        _work(job, task, box, pipe)
+        _work(job, task, box, form, pipe)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return  # the server has closed the pipe: it needs no more
     except Exception as error:
@@ -342,7 +338,7 @@ def _child(job: _Job, pipe: Connection) -> None:
             pipe.send_bytes(_HEAD.pack(_ERROR, *_NOTHING) + pickle.dumps((text, details)))
 
 
-def _work(job: _Job, task: Task, box: _Box, pipe: Connection) -> None:
+def _work(job: _Job, task: Task, box: _Box, form: Form, pipe: Connection) -> None:
     """Answer orders until the pipe closes."""
     computing = Computing(
         task,
@@ -362,28 +358,11 @@ def _work(job: _Job, task: Task, box: _Box, pipe: Connection) -> None:
             computing.begin([number])
             begun = True
         answer = computing.answer(index)
-        kind, size = _stow(answer.messages[0] if answer.messages else None, box)
+        size = form.put(answer.messages[0], box.body) if answer.messages else 0
+        kind = _PUSHED if answer.messages else _REFUSED
         spent = (answer.compute_s, answer.activation_bytes, answer.memory_bytes)
         head = _HEAD.pack(kind, clock, size, len(answer.losses), *spent)
         pipe.send_bytes(head + answer.losses.numpy().tobytes() + answer.reason.encode())
-
-
-def _stow(message: Message | None, box: _Box) -> tuple[int, int]:
-    """Put a message where the server finds it: its kind and bytes."""
-    if message is None:
-        return _REFUSED, 0
-    buffers = list(message.buffers.values())
-    gradient = box.gradient.buffer
-    if len(buffers) == 1 and buffers[0].data_ptr() == gradient.data_ptr():
-        return _IN_PLACE, gradient.nbytes
-    packed = wire.pack(message)
-    if len(packed) > len(box.parcel):
-        raise ValueError(
-            f"Server: codec made a message of {len(packed)} bytes of a gradient of {gradient.nbytes}; "
-            f"the mailbox holds {len(box.parcel)}."
-        )
-    box.parcel[: len(packed)] = packed
-    return _PACKED, len(packed)
 
 
 def _beat(beat: Tensor) -> None:
