@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from sterna.data.examples import Dataset, Examples
     from sterna.exchange.all_reduce import AllReduce
     from sterna.exchange.ddp_hook import register
+    from sterna.exchange.explorers import AtRandom, BestResponse
     from sterna.exchange.local import Local
     from sterna.exchange.model_average import ModelAverage
     from sterna.exchange.slim_dp import SlimDP
@@ -31,6 +32,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "AllReduce": "exchange.all_reduce",
+    "AtRandom": "exchange.explorers",
+    "BestResponse": "exchange.explorers",
     "CrossEntropy": "objectives",
     "Dataset": "data.examples",
     "Distributed": "comm.distributed",
@@ -61,6 +64,8 @@ _HOMES = {
 
 __all__ = [
     "AllReduce",
+    "AtRandom",
+    "BestResponse",
     "CrossEntropy",
     "Dataset",
     "Distributed",

@@ -100,8 +100,10 @@ def has_anchor(exchange: Exchange) -> bool:
 
 
 def share(exchange: Any) -> float:
-    """The share of the weights that an exchange means to send; all, where it takes no ratios."""
+    """The share of the weights that all workers send; all, where the exchange takes no ratios."""
     names = [field.name for field in dataclasses.fields(exchange)]
+    if not getattr(getattr(exchange, "explorer", None), "shared", True):
+        names.remove("explorer_ratio")  # each worker sends others
     ratios = [getattr(exchange, name) for name in names if name.endswith("_ratio")]
     return sum(ratios) if ratios else 1.0
 

@@ -30,17 +30,17 @@ class Server:
 
     def merge(self, pushed):
         """``pushed``: by worker, entry to residual."""
-        for k in pushed[0]:
-            total = sum(push[k] for push in pushed) / len(pushed)
+        for k in set().union(*pushed):
+            total = sum(push.get(k, 0.0) for push in pushed) / len(pushed)
             self.weights[k] += total
             self.since[k] += total
 
 
-def train(start, gradients, every, rate, server, order_of, num_explorer):
+def train(start, gradients, every, rate, server, explore, num_explorer):
     """Weights of server and workers after every step.
 
-    gradients: by step, by worker, a function of the weights. order_of: (round, number of entries) to
-    the shuffled order in which the explorer takes the entries outside the core.
+    gradients: by step, by worker, a function of the weights. explore: (round, residual by worker,
+    entries outside the core) to the order in which each worker takes those entries.
     """
     workers = [start.copy() for _ in gradients[0]]
     history = []
@@ -48,14 +48,20 @@ def train(start, gradients, every, rate, server, order_of, num_explorer):
         for i, slope in enumerate(slopes):
             workers[i] = workers[i] - rate * slope(workers[i])
         if t % every == 0:
-            chosen = server.begin()
-            outside = [k for k in range(len(start)) if k not in chosen]
-            if num_explorer:
-                order = order_of(server.round - 1, len(outside))
-                chosen |= {outside[j] for j in order[:num_explorer]}
-            server.merge([{k: w[k] - server.weights[k] for k in chosen} for w in workers])
-            for w in workers:
-                for k in chosen:
+            core = server.begin()
+            outside = [k for k in range(len(start)) if k not in core]
+            residuals = [w - server.weights for w in workers]
+            orders = explore(server.round - 1, residuals, outside)
+            chosen = [core | set(order[:num_explorer]) for order in orders]
+            pushed = [{k: r[k] for k in mine} for r, mine in zip(residuals, chosen, strict=True)]
+            server.merge(pushed)
+            for w, mine in zip(workers, chosen, strict=True):
+                for k in mine:
                     w[k] = server.weights[k]
         history.append((server.weights.copy(), [w.copy() for w in workers]))
     return history
+
+
+def best_responses(turn, residuals, outside):
+    """Each worker takes first what it alone knows most of."""
+    return [sorted(outside, key=lambda k, r=r: -abs(r[k])) for r in residuals]

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sterna.comm.in_process import run_in_process
+from sterna.exchange.explorers import BestResponse
 from sterna.exchange.slim_dp import SlimDP
 from sterna.randomness import generator
 from sterna.replica import Replica
@@ -61,17 +62,39 @@ def test_ten_steps_of_three_workers_equal_the_reference(
         refresh_every=2,
         gradient_weight=gradient_weight,
     )
-    found = run_in_process(lambda comm: _train(comm, exchange), WORKERS)
     coins = generator(5, 0)  # those of rank 0
     seeds = [int(torch.randint(2**62, (1,), generator=coins)) for _ in range(STEPS)]
 
-    def order_of(turn, num):
-        return torch.randperm(num, generator=generator(seeds[turn], "explorer")).tolist()
+    def at_random(turn, residuals, outside):
+        coins = generator(seeds[turn], "explorer")
+        order = torch.randperm(len(outside), generator=coins).tolist()
+        return [[outside[j] for j in order] for _ in residuals]
 
-    server = reference.Server(START.numpy(), round(core_ratio * SIZE), 2, gradient_weight)
+    _agrees(exchange, at_random)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize(
+    ("core_ratio", "explorer_ratio"), [(0.2, 0.3), (0.4, 0.0), (0.0, 0.25), (0.5, 0.5)]
+)
+def test_best_responses_equal_the_reference(every, core_ratio, explorer_ratio):
+    exchange = SlimDP(
+        every=every,
+        core_ratio=core_ratio,
+        explorer_ratio=explorer_ratio,
+        refresh_every=2,
+        explorer=BestResponse(),
+    )
+    _agrees(exchange, reference.best_responses)
+
+
+def _agrees(exchange, explore):
+    found = run_in_process(lambda comm: _train(comm, exchange), WORKERS)
+    core, explorer = exchange.core_ratio, exchange.explorer_ratio
+    server = reference.Server(START.numpy(), round(core * SIZE), 2, exchange.gradient_weight)
     slopes = [[_slope(t, i) for i in range(WORKERS)] for t in range(STEPS)]
     expected = reference.train(
-        START.numpy(), slopes, every, RATE, server, order_of, round(explorer_ratio * SIZE)
+        START.numpy(), slopes, exchange.every, RATE, server, explore, round(explorer * SIZE)
     )
     for t, (weights, workers) in enumerate(expected):
         for i in range(WORKERS):

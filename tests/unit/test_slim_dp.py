@@ -1,5 +1,6 @@
 """Facts of Slim-DP: who is chosen, what travels, what stays behind."""
 
+import itertools
 from functools import partial
 
 import pytest
@@ -13,12 +14,13 @@ from sterna.comm.in_process import run_in_process
 from sterna.comm.solo import Solo
 from sterna.exchange import mask
 from sterna.exchange.all_reduce import AllReduce
+from sterna.exchange.explorers import BestResponse, Explorer, best_response
 from sterna.exchange.model_average import ModelAverage
 from sterna.exchange.slim_dp import SlimDP, significance
 from sterna.ledger import Ledger
 from sterna.randomness import generator, isolated
 from sterna.replica import Replica
-from sterna.seams import NotFinite
+from sterna.seams import Comm, NotFinite
 
 SIZE = 4 * 5 + 5 + 5 * 2 + 2
 
@@ -241,3 +243,42 @@ def test_what_is_not_finite_is_refused_wherever_it_is(gradient, lr):
 def test_errors(options, words):
     with pytest.raises(ValueError, match=f"^SlimDP: {words}"):
         SlimDP(**options)
+
+
+def test_the_best_response_leaves_the_least_behind() -> None:
+    rng = torch.Generator().manual_seed(3)
+    residual = torch.randn(8, generator=rng)
+    core = torch.tensor([True, False, False, True, False, False, False, False])
+    found = best_response(residual, core, 3)
+
+    def cost(sent: tuple[int, ...]) -> float:
+        kept = [k for k in range(8) if k not in sent and not core[k]]
+        return float(residual[kept].square().sum())
+
+    outside = (~core).nonzero().squeeze(1).tolist()
+    cheapest = min(itertools.combinations(outside, 3), key=cost)
+    assert tuple(found.tolist()) == cheapest
+
+
+def test_a_best_response_never_asks_for_more_than_there_is() -> None:
+    core = torch.tensor([True, True, False])
+    assert best_response(torch.ones(3), core, 5).tolist() == [2]
+    assert best_response(torch.ones(1), torch.tensor([True]), 1).tolist() == []
+    assert best_response(torch.zeros(3), core, 1).tolist() == [2]  # also where nothing has changed
+
+
+def test_best_responses_pay_for_their_indices() -> None:
+    def bits(explorer: Explorer) -> int:
+        slim = SlimDP(core_ratio=0.0, explorer_ratio=0.5, explorer=explorer)
+
+        def train(comm: Comm) -> int:
+            model = torch.nn.Linear(40, 1, bias=False)
+            replica = Replica(model, torch.optim.SGD(model.parameters(), lr=0.1))
+            model(torch.ones(1, 40)).sum().backward()
+            slim(replica, slim.init(replica), comm, generator(0, comm.rank))
+            return comm.ledger.spent().bits_sent
+
+        return run_in_process(train, 3)[0]
+
+    # 20 of 40 weights, to two others: a value and an index each, behind a head of 24 bytes.
+    assert bits(BestResponse()) == 2 * (20 * 64 + 24 * 8)

@@ -4,42 +4,43 @@ Every worker i takes H optimizer steps of its own on w^i. Of n weights, a set S 
 
     s_k = |a_k| / mean|a| + c |u_k| / mean|u|                                          (1)
     C   = the beta n largest of s, chosen anew every q rounds; u = 0 after that        (2)
-    E   = gamma n of the others, drawn uniformly, anew every round;  S = C + E         (3)
-    d_k = 1/N sum_i (w^i_k - a_k)             for k in S                               (4)
-    a_k = a_k + d_k,  u_k = u_k + d_k,  w^i_k = a_k    for k in S                      (5)
+    E^i = gamma n of the others, chosen anew every round;  S^i = C + E^i               (3)
+    d_k = 1/N sum over i with k in S^i of (w^i_k - a_k)                                (4)
+    a_k = a_k + d_k,  u_k = u_k + d_k;   w^i_k = a_k   for k in S^i                    (5)
 
 Symbols: a merged weights (``anchor``), equal on all N workers; u how far the merged weights have come
 since the core was chosen: the learning rate times the gradients, for plain SGD; c ``gradient_weight``;
 s significance; C core (beta: ``core_ratio``), E explorer (gamma: ``explorer_ratio``), q
-``refresh_every``, H ``every``. What is not in S stays as it is on each worker: w^i - a is the residual,
-all of which is sent when k comes into S.
+``refresh_every``, H ``every``. What is not in S^i stays as it is on worker i: w^i - a is the residual,
+all of which is sent when k comes into S^i. By default all workers draw one explorer at random; with
+``explorer=BestResponse()`` each answers with its own (``explorers.py``).
 Reference: S. Sun, W. Chen, J. Bian, X. Liu, T.-Y. Liu, "Slim-DP: A Light Communication Data Parallelism
     for DNN", arXiv:1709.09393, 2017; "Slim-DP: A Multi-Agent System for Communication-Efficient
     Distributed Deep Learning", AAMAS 2018.
 Differs from the paper: core by magnitude and gradient, explorer at random, and both pushed and pulled
     are the paper's; each term of (1) in units of its mean, the residual in (4), the division by N and
-    the defaults are our reading. There is no server: all workers hold a. They share one explorer, drawn
-    from a seed that rank 0 sends, so no indices travel and an all-reduce adds the values; the paper's
-    workers draw their own. Rank 0 chooses the core and sends it as n bits. The workers' game and its
-    best response (AAMAS) are left out.
-Cost per step: every H steps 64 (N-1)/N (beta + gamma) n bits sent per worker; from rank 0 to each
-    other worker 64 bits for the seed, and n bits every q rounds for the core; a permutation and some
-    passes over n; 2 copies of the weights and n bytes. Hurts without an explorer (what is outside the
-    core is never merged), and with small ratios: the replicas differ wherever nothing travelled.
+    the defaults are our reading, and so is what the game's players pay (``explorers.py``). There is no
+    server: all workers hold a. A random explorer is shared, drawn from a seed that rank 0 sends, so no
+    indices travel and an all-reduce adds the values. Rank 0 chooses the core and sends it as n bits.
+Cost per step: every H steps 64 (N-1)/N (beta + gamma) n bits sent per worker, with best responses
+    64 (N-1)/N beta n + 64 (N-1) gamma n; from rank 0 to each other worker 64 bits for the seed, and n
+    bits every q rounds for the core; a permutation and some passes over n; 2 copies of the weights and
+    n bytes. Hurts without an explorer (what is outside the core is never merged), and with small
+    ratios: the replicas differ wherever nothing travelled.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from sterna.codecs.finite import largest
 from sterna.exchange import mask
+from sterna.exchange.explorers import AtRandom, BestResponse, Explorer
 from sterna.exchange.weights import assign, packed
 from sterna.flat import Flat
-from sterna.randomness import generator
 from sterna.replica import Replica
-from sterna.seams import Comm, State
+from sterna.seams import Comm, Message, State
 
 
 def significance(weights: Tensor, update: Tensor, gradient_weight: float) -> Tensor:
@@ -74,9 +75,10 @@ class SlimDP:
     Args:
         every: H, optimizer steps from one round to the next; at least 1.
         core_ratio: beta, share of the weights in the core, in [0, 1].
-        explorer_ratio: gamma, share of the weights drawn at random, in [0, 1].
+        explorer_ratio: gamma, share of the weights that the explorer chooses, in [0, 1].
         refresh_every: q, rounds from one choice of the core to the next; at least 1.
         gradient_weight: c, what the gradient counts beside the magnitude; at least 0.
+        explorer: chooses the weights outside the core: `AtRandom` or `BestResponse`.
 
     Raises:
         ValueError: a hyperparameter is out of range, or the ratios add up to 0 or to more than 1.
@@ -98,6 +100,7 @@ class SlimDP:
     explorer_ratio: float = 0.15
     refresh_every: int = 50
     gradient_weight: float = 1.0
+    explorer: Explorer = field(default_factory=AtRandom)
 
     def __post_init__(self) -> None:
         for name, unit in (("every", "steps"), ("refresh_every", "rounds")):
@@ -156,12 +159,19 @@ class SlimDP:
         largest(come, "SlimDP")
         if self.core_ratio and (replica.step // self.every - 1) % self.refresh_every == 0:
             self._choose_core(slots, comm)
-        index = self._travels(slots, comm, rng).nonzero().squeeze(1)
-        values = come.buffer[index].div_(comm.size)
-        comm.sum_(values)
-        for slot in {"anchor", "update"} & set(slots):
-            slots[slot].buffer.index_add_(0, index, values)
-        weights.buffer.index_copy_(0, index, anchor[index])
+        core = slots["core"].buffer if self.core_ratio else torch.zeros_like(anchor).bool()
+        num = self.counts(len(core))[1]
+        chosen = self.explorer.choose(come.buffer, core, num, comm, rng)
+        travels = core.index_fill(0, chosen, True).nonzero().squeeze(1)
+        together = travels if self.explorer.shared else core.nonzero().squeeze(1)
+        values = come.buffer[together].div_(comm.size)
+        _merge(slots, together, comm.sum_(values))
+        if not self.explorer.shared:
+            width = torch.int32 if len(core) < 2**31 else torch.int64
+            own = Message({"index": chosen.to(width), "value": come.buffer[chosen].div_(comm.size)})
+            for message in comm.gather(own):
+                _merge(slots, message.buffers["index"].long(), message.buffers["value"])
+        weights.buffer.index_copy_(0, travels, anchor[travels])
         assign(replica, weights)
         return slots
 
@@ -175,23 +185,16 @@ class SlimDP:
         core.copy_(mask.from_bits(comm.broadcast_(mask.to_bits(core)), len(core)))
         update.zero_()
 
-    def _travels(self, slots: dict[str, Flat], comm: Comm, rng: torch.Generator) -> Tensor:
-        """S as a mask, Eq. (3)."""
-        anchor = slots["anchor"].buffer
-        core = slots["core"].buffer if self.core_ratio else torch.zeros_like(anchor).bool()
-        num_core, num = self.counts(len(core))
-        if num_core + num == len(core):
-            return torch.ones_like(core)
-        if not num:
-            return core
-        seed = comm.broadcast_(torch.randint(2**62, (1,), generator=rng).to(core.device))
-        outside = (~core).nonzero().squeeze(1)
-        order = torch.randperm(len(outside), generator=generator(int(seed), "explorer"))
-        return core.index_fill(0, outside[order[:num].to(core.device)], True)
+
+def _merge(slots: dict[str, Flat], index: Tensor, values: Tensor) -> None:
+    """Eq. (5) of the merged weights."""
+    for slot in {"anchor", "update"} & set(slots):
+        slots[slot].buffer.index_add_(0, index, values)
 
 
 EXAMPLES = (
     SlimDP(core_ratio=0.2, explorer_ratio=0.3, refresh_every=2),
     SlimDP(core_ratio=0.0, explorer_ratio=1.0),
     SlimDP(every=2, core_ratio=0.5, explorer_ratio=0.0),
+    SlimDP(core_ratio=0.2, explorer_ratio=0.3, refresh_every=2, explorer=BestResponse()),
 )
