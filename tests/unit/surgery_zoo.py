@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from sterna.models.rhn import RHNLanguageModel
+
 
 class PlainCNN(nn.Module):
     def __init__(self):
@@ -383,6 +385,10 @@ class Functional(nn.Module):
         return F.linear(F.leaky_relu(x.mean((2, 3)) @ self.u), self.v)
 
 
+def recurrent_highway(tied):
+    return RHNLanguageModel(vocabulary=30, hidden=12, depth=3, tied=tied, spread=0.5)
+
+
 def images(channels=3, size=8):
     return torch.linspace(-1, 1, 2 * channels * size * size).sin().reshape(2, channels, size, size)
 
@@ -416,6 +422,8 @@ ZOO = {
     "mixer": (Mixer, lambda: images()),
     "highway": (Highway, lambda: series(5)),
     "functional": (Functional, lambda: images()),
+    "recurrent_highway": (lambda: recurrent_highway(tied=False), lambda: tokens(30, (3, 5))),
+    "tied_recurrent_highway": (lambda: recurrent_highway(tied=True), lambda: tokens(30, (3, 5))),
 }
 
 

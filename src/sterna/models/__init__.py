@@ -5,5 +5,6 @@ from sterna.models.lenet import LeNet5
 from sterna.models.lstm import LSTMLanguageModel
 from sterna.models.mlp import MLP
 from sterna.models.resnet import ResNet
+from sterna.models.rhn import RHNLanguageModel
 
-__all__ = ["MLP", "LSTMLanguageModel", "LeNet5", "ResNet", "SmallCNN"]
+__all__ = ["MLP", "LSTMLanguageModel", "LeNet5", "RHNLanguageModel", "ResNet", "SmallCNN"]
