@@ -20,79 +20,29 @@ plus headers: up to 5 %, less where the kernel counts the headers of a large seg
 
 import argparse
 import json
-import os
 import signal
 import statistics
-import subprocess
 import sys
-import tempfile
-import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
-from torch.nn.parallel import DistributedDataParallel
 
+import processes
+from ddp_arms import DdpArm, plain, sterna, torch_fp16, torch_powersgd
 from results import write
 from sterna.codecs.fp16 import Fp16
 from sterna.codecs.identity import Identity
 from sterna.codecs.terngrad import TernGrad
-from sterna.comm.distributed import Distributed
-from sterna.exchange.ddp_hook import DdpHook, register
 from sterna.randomness import generator, isolated
-from sterna.seams import Codec
 
-ROOT = Path(__file__).resolve().parent.parent
 WARM_UP = 4  # DDP rebuilds its buckets, PowerSGD starts, numba compiles
 
-
-# The arms: each wraps a module; one line each in ARMS.
-
-
-class Arm(NamedTuple):
-    model: DistributedDataParallel
-    hook: DdpHook | None = None
-
-
-def plain(module: nn.Module) -> Arm:
-    return Arm(DistributedDataParallel(module, process_group=dist.new_group()))
-
-
-def torch_fp16(module: nn.Module) -> Arm:
-    group = dist.new_group()
-    model = DistributedDataParallel(module, process_group=group)
-    model.register_comm_hook(group, default_hooks.fp16_compress_hook)
-    return Arm(model)
-
-
-def torch_powersgd(rank: int) -> Callable[[nn.Module], Arm]:
-    def make(module: nn.Module) -> Arm:
-        group = dist.new_group()
-        # One bucket: with several in flight this hook deadlocks on Gloo.
-        model = DistributedDataParallel(module, process_group=group, bucket_cap_mb=100_000)
-        state = powerSGD_hook.PowerSGDState(
-            group, matrix_approximation_rank=rank, start_powerSGD_iter=2
-        )
-        model.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
-        return Arm(model)
-
-    return make
-
-
-def sterna(codec: Codec) -> Callable[[nn.Module], Arm]:
-    def make(module: nn.Module) -> Arm:
-        model = DistributedDataParallel(module, process_group=dist.new_group())
-        return Arm(model, register(model, codec))
-
-    return make
-
-
-ARMS: dict[str, Callable[[nn.Module], Arm]] = {
+ARMS: dict[str, Callable[[nn.Module], DdpArm]] = {
     "DDP fp32": plain,
     "DDP fp16 hook": torch_fp16,
     "DDP PowerSGD hook, rank 2": torch_powersgd(rank=2),
@@ -108,13 +58,7 @@ REFERENCE = "DDP fp32"
 
 
 def work(arguments: argparse.Namespace) -> None:
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
-    torch.set_num_threads(1)
-    if arguments.store:
-        comm = Distributed.connect(arguments.rank, arguments.workers, arguments.store, 120.0)
-    else:
-        comm = Distributed.connect(timeout_s=120.0)
-    interface = None if arguments.store else os.environ["GLOO_SOCKET_IFNAME"]
+    comm, interface = processes.join(arguments)
     x = torch.randn(4, arguments.width, generator=generator(0, "batch", comm.rank))
     arms, optimizers = {}, {}
     for name in arguments.arms:
@@ -140,13 +84,15 @@ def work(arguments: argparse.Namespace) -> None:
             compute_s = time.perf_counter() - start
         before = arm.hook.ledger.spent() if arm.hook else None
         dist.barrier()
-        counted, start = _counters(interface), time.perf_counter()
+        counted, start = processes.counters(interface), time.perf_counter()
         step(name)
         step_s = time.perf_counter() - start
         dist.barrier()  # whatever was on its way has arrived
         sample = {"step_s": step_s, "compute_s": compute_s}
         if interface is not None:
-            sent, received = (b - a for a, b in zip(counted, _counters(interface), strict=True))
+            sent, received = (
+                b - a for a, b in zip(counted, processes.counters(interface), strict=True)
+            )
             sample |= {"link_sent": sent, "link_received": received}
         if arm.hook and before:
             spent = arm.hook.ledger.spent()
@@ -165,92 +111,10 @@ def work(arguments: argparse.Namespace) -> None:
     for arm in arms.values():
         if arm.hook:
             arm.hook.close()
-    (arguments.folder / f"samples-{comm.rank}.json").write_text(json.dumps(samples))
-    comm.close()
-
-
-def _counters(interface: str | None) -> tuple[int, int]:
-    if interface is None:
-        return 0, 0
-    folder = Path("/sys/class/net") / interface / "statistics"
-    return int((folder / "tx_bytes").read_text()), int((folder / "rx_bytes").read_text())
-
-
-def _end_with_parent(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
+    processes.leave(arguments, comm, samples)
 
 
 # The parent.
-
-
-def run_group(start: Callable[[int, list[str]], "subprocess.Popen[Any]"], arguments: Any) -> Any:
-    """Start the workers, wait, and return the samples by rank; ends them whatever happens."""
-    processes: list[subprocess.Popen[Any]] = []
-    with tempfile.TemporaryDirectory(prefix="sterna-links-") as folder:
-        command = [
-            *(sys.executable, str(Path(__file__).resolve()), "--worker", "--folder", folder),
-            *("--workers", str(arguments.workers), "--rounds", str(arguments.rounds)),
-            *("--layers", str(arguments.layers), "--width", str(arguments.width)),
-            *("--arms", json.dumps(arguments.arms)),
-        ]
-        try:
-            for rank in range(arguments.workers):
-                processes.append(start(rank, command))
-            deadline = time.monotonic() + arguments.timeout
-            while any(process.poll() is None for process in processes):
-                codes = [process.poll() for process in processes]
-                if any(codes):
-                    raise SystemExit(f"links.py: a worker failed (exit codes {codes}).")
-                if time.monotonic() > deadline:
-                    raise SystemExit(f"links.py: not done after {arguments.timeout} s.")
-                time.sleep(0.1)
-            if any(process.returncode for process in processes):
-                raise SystemExit("links.py: a worker failed.")
-            files = [Path(folder) / f"samples-{rank}.json" for rank in range(arguments.workers)]
-            return [json.loads(file.read_text()) for file in files]
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
-
-
-def run_shaped(mbit: float, arguments: argparse.Namespace) -> Any:
-    sys.path.insert(0, str(ROOT / "tests"))
-    import netns
-
-    reason = netns.available()
-    if reason is not None:
-        raise SystemExit(f"links.py: no network namespaces here: {reason}. Try --loopback alone.")
-    with netns.shaped_hosts(arguments.workers, mbit) as hosts:
-
-        def start(rank: int, command: list[str]) -> "subprocess.Popen[Any]":
-            place = {"RANK": str(rank), "WORLD_SIZE": str(arguments.workers)}
-            environment = {**_environment(), **hosts[rank].environment(hosts[0]), **place}
-            return hosts[rank].popen(command, env=environment)
-
-        return run_group(start, arguments)
-
-
-def run_loopback(arguments: argparse.Namespace) -> Any:
-    with tempfile.TemporaryDirectory(prefix="sterna-links-") as folder:
-
-        def start(rank: int, command: list[str]) -> "subprocess.Popen[Any]":
-            place = ["--rank", str(rank), "--store", f"{folder}/store"]
-            return subprocess.Popen([*command, *place], env=_environment())
-
-        return run_group(start, arguments)
-
-
-def _environment() -> dict[str, str]:
-    paths = [str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
-    return {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        "OMP_NUM_THREADS": "1",
-        "TORCH_CPP_LOG_LEVEL": "ERROR",
-    }
 
 
 def summarise(link: str, mbit: float | None, by_rank: list[Any]) -> list[dict[str, Any]]:
@@ -326,18 +190,12 @@ def main() -> None:
     )
     parser.add_argument("--mbit", default="", help="link rates in Mbit/s, such as 100,1000")
     parser.add_argument("--loopback", action="store_true", help="also without namespaces")
-    parser.add_argument("--workers", type=int, default=4)
+    processes.add_arguments(parser)
     parser.add_argument("--rounds", type=int, default=5, help="measured steps of each arm")
     parser.add_argument("--layers", type=int, default=10)
     parser.add_argument("--width", type=int, default=1000)
     parser.add_argument("--arms", type=json.loads, default=list(ARMS), help="JSON list of names")
-    parser.add_argument("--timeout", type=float, default=900.0, help="seconds for each link")
     parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
-    hidden = argparse.SUPPRESS
-    parser.add_argument("--worker", action="store_true", help=hidden)
-    parser.add_argument("--rank", type=int, help=hidden)
-    parser.add_argument("--store", type=Path, help=hidden)
-    parser.add_argument("--folder", type=Path, help=hidden)
     arguments = parser.parse_args()
     unknown = [name for name in arguments.arms if name not in ARMS]
     if unknown:
@@ -348,12 +206,16 @@ def main() -> None:
     if not arguments.mbit and not arguments.loopback:
         parser.error("give --mbit 100,1000 or --loopback, or both.")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    extra = [
+        *("--rounds", str(arguments.rounds), "--layers", str(arguments.layers)),
+        *("--width", str(arguments.width), "--arms", json.dumps(arguments.arms)),
+    ]
     rows: list[dict[str, Any]] = []
     for word in filter(None, arguments.mbit.split(",")):
         mbit = float(word)
-        rows += summarise(f"{mbit:g} Mbit/s", mbit, run_shaped(mbit, arguments))
+        rows += summarise(f"{mbit:g} Mbit/s", mbit, processes.run_shaped(mbit, arguments, extra))
     if arguments.loopback:
-        rows += summarise("loopback", None, run_loopback(arguments))
+        rows += summarise("loopback", None, processes.run_loopback(arguments, extra))
     write(
         arguments.out,
         "Time per step over slow links",

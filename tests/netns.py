@@ -132,18 +132,13 @@ def shaped_hosts(
         raise ValueError(f"shaped_hosts: count must lie in 1..250; got {count}.")
     if not mbit > 0:
         raise ValueError(f"shaped_hosts: mbit must be positive; got {mbit}.")
-    if burst_kb is None:
-        burst_kb = min(max(64, round(0.64 * mbit)), 256)
     run = next(_runs)
     # Interface names end at 15 characters and live inside the namespaces: only those need the pid.
     prefix = f"sterna-{os.getpid()}-{run}"
     subnet = f"10.77.{(os.getpid() + run) % 250 + 1}"
     switch, bridge = f"{prefix}-switch", "switch0"
     hosts = [Host(f"{prefix}-{k}", f"veth{k}", f"{subnet}.{k + 1}") for k in range(count)]
-    shape = [
-        *("tbf", "rate", f"{round(mbit * 1000)}kbit"),
-        *("burst", f"{burst_kb}kb", "latency", f"{latency_ms}ms"),
-    ]
+    shape = _shape(mbit, burst_kb, latency_ms)
     made: list[str] = []
     try:
         ip("netns", "add", switch)
@@ -169,6 +164,30 @@ def shaped_hosts(
     finally:
         for namespace in reversed(made):
             _remove(namespace)
+
+
+def reshape(hosts: Sequence[Host], mbit: float) -> None:
+    """Give every link of ``hosts`` the rate ``mbit``, from now on.
+
+    Raises:
+        RuntimeError: the machine refuses; says which command failed.
+    """
+    shape = _shape(mbit, None, 50.0)
+    for k, host in enumerate(hosts):
+        switch = f"{host.namespace.rpartition('-')[0]}-switch"
+        for namespace, device in ((switch, f"port{k}"), (host.namespace, host.interface)):
+            place = ("tc", "-n", namespace, "qdisc", "replace", "dev", device, "root")
+            _checked([*place, *shape])
+
+
+def _shape(mbit: float, burst_kb: int | None, latency_ms: float) -> list[str]:
+    """What ``tc`` is told: a token bucket."""
+    if burst_kb is None:
+        burst_kb = min(max(64, round(0.64 * mbit)), 256)
+    return [
+        *("tbf", "rate", f"{round(mbit * 1000)}kbit"),
+        *("burst", f"{burst_kb}kb", "latency", f"{latency_ms}ms"),
+    ]
 
 
 def _remove(namespace: str) -> None:

@@ -101,6 +101,15 @@ class Broken:
         raise RuntimeError("a bug of mine")
 
 
+def make_late(folder: Path, early: int) -> Task:
+    """As `make`, at once for the first ``early`` workers to start; the others take a while."""
+    started = len(list(folder.iterdir()))
+    (folder / str(os.getpid())).touch()
+    if started >= early:
+        time.sleep(5.0)
+    return make()
+
+
 def make_slow() -> Task:
     task = make()
     return Task(task.model, task.data, Slow(0.02))

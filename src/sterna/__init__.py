@@ -7,7 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sterna.codecs import Entropy, ErrorFeedback, Fp16, Identity, Quantise, TernGrad
+    from sterna.codecs import Entropy, ErrorFeedback, Fp16, Identity, Quantise, TernGrad, WarmUp
     from sterna.comm.distributed import Distributed
     from sterna.comm.in_process import run_in_process
     from sterna.comm.launch import launch
@@ -55,6 +55,7 @@ _HOMES = {
     "Solo": "comm.solo",
     "Spent": "ledger",
     "TernGrad": "codecs",
+    "WarmUp": "codecs",
     "fit": "loop",
     "launch": "comm.launch",
     "register": "exchange.ddp_hook",
@@ -87,6 +88,7 @@ __all__ = [
     "Solo",
     "Spent",
     "TernGrad",
+    "WarmUp",
     "fit",
     "launch",
     "register",

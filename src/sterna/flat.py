@@ -16,6 +16,8 @@ from torch import Tensor
 
 Named = Mapping[str, Tensor]
 
+_ROW = 4096
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -49,6 +51,23 @@ class Layout:
     def fingerprint(self) -> str:
         """Hex digest of names and shapes; peers compare it before they exchange anything."""
         return hashlib.sha256(repr((self.names, self.shapes)).encode()).hexdigest()[:16]
+
+
+def norm(buffer: Tensor) -> Tensor:
+    """Euclidean norm of a one-dimensional buffer, 0-dim float64: the same bits with any number of threads.
+
+    Norms of rows of fixed length in the buffer's own precision, their squares added in float64. Infinite
+    where a row's squares overflow, from about 1e18 on in float32.
+
+    Example:
+        >>> norm(torch.tensor([3.0, 4.0]))
+        tensor(5., dtype=torch.float64)
+    """
+    rows = buffer.numel() // _ROW
+    body, rest = buffer[: rows * _ROW].view(rows, _ROW), buffer[rows * _ROW :]
+    norms = [torch.linalg.vector_norm(body, dim=1)] if rows else []
+    norms.append(torch.linalg.vector_norm(rest).view(1))
+    return torch.cat(norms).double().square().sum().sqrt()
 
 
 class Flat(Mapping[str, Tensor]):

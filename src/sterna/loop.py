@@ -5,6 +5,7 @@
 `fit` is an iterator of records: the caller decides what to print, when to evaluate, save or stop.
 """
 
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,8 +13,10 @@ from dataclasses import dataclass
 import torch
 
 from sterna.activations import kept_for_backward
+from sterna.comm.agreement import agree
 from sterna.comm.solo import Solo
 from sterna.exchange.all_reduce import AllReduce
+from sterna.flat import Layout
 from sterna.randomness import generator
 from sterna.replica import Replica
 from sterna.seams import Comm, Exchange, Objective, Sampler, Source, State
@@ -75,6 +78,7 @@ def fit(
         streams: coins and exchange state to go on with, from a checkpoint.
 
     Raises:
+        Disagreement: the workers were given different exchanges or models; names the ranks.
         NotFinite: a gradient holds NaN or infinity; no optimizer step was taken with it.
         PeerLost: another worker failed.
 
@@ -92,6 +96,9 @@ def fit(
     exchange = exchange or AllReduce()
     comm = comm or Solo()
     streams = streams or Streams.start(replica, exchange, seed, comm.rank)
+    if comm.size > 1:  # found out now, named; later it would be a wrong sum, or a wait in vain
+        said = re.sub(r" at 0x[0-9a-f]+", "", repr(exchange))
+        agree(comm, "the exchange or the model", f"{said} for {Layout.of(replica.parameters)!r}")
     ledger, measure = comm.ledger, True
     replica.clear()
     while sampler.epoch < epochs:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from sterna.flat import Flat, Layout, Named
+from sterna.flat import Flat, Layout, Named, norm
 from sterna.flat_sgd import FlatSGD
 
 
@@ -21,10 +21,14 @@ class Replica:
         optimizer: a ``torch.optim`` optimizer over those parameters.
         schedule: learning-rate factor as a function of the step, or None for a constant rate. The
             optimizer's own rates, as given, are what factor 1 means.
+        clip_norm: a longer gradient is shortened to this Euclidean norm, over all parameters, before the
+            optimizer's step. Workers that step on the same gradient shorten it alike, to the bit. None:
+            as it is.
 
     Raises:
         ValueError: the model has nothing to train, the optimizer misses a trainable parameter or holds
-            one that is not the model's, or the parameters do not share one dtype and one device.
+            one that is not the model's, or the parameters do not share one dtype and one device; or
+            ``clip_norm`` is out of range.
 
     Example:
         >>> model = nn.Linear(3, 2)
@@ -42,10 +46,12 @@ class Replica:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         schedule: Callable[[int], float] | None = None,
+        clip_norm: float | None = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.schedule = schedule
+        self.clip_norm = require_clip_norm("Replica", clip_norm)
         self.step = 0
         self.parameters: dict[str, Tensor] = {
             name: p for name, p in model.named_parameters() if p.requires_grad
@@ -133,6 +139,8 @@ class Replica:
             factor = self.schedule(self.step)
             for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
                 group["lr"] = rate * factor
+        if self.clip_norm is not None:
+            gradients = self._shortened(gradients, self.clip_norm)
         if gradients is None:
             self.optimizer.step()
             self.step += 1
@@ -149,9 +157,44 @@ class Replica:
         for name, p in self.parameters.items():
             p.grad = self._flat[name]
 
+    def _shortened(self, gradients: Named | None, longest: float) -> Named | None:
+        """The replica's own gradients shortened in place; given ones are left alone, and copied."""
+        if gradients is None:
+            flat = self.gradients
+        elif isinstance(gradients, Flat):
+            flat = gradients
+        else:
+            flat = Flat.of({name: gradients[name] for name in self.parameters})
+        factor = (longest / norm(flat.buffer)).clamp_(max=1.0).to(flat.buffer.dtype)
+        if gradients is None:
+            flat.buffer.mul_(factor)
+            return None
+        return Flat(flat.layout, flat.buffer * factor)
+
     def clear(self) -> None:
-        """Zero the gradients, in the buffer."""
+        """Zero the gradients, in the buffer; drop them where none of them lies in it."""
+        own = [p.grad for p in self.parameters.values()]
+        if all(
+            g is not None and g is not self._flat[n] for n, g in zip(self._flat, own, strict=True)
+        ):
+            for p in self.parameters.values():
+                p.grad = None
+            return
         self._flat.buffer.zero_()
         for name, p in self.parameters.items():
             if p.grad is not self._flat[name]:
                 p.grad = self._flat[name]
+
+
+def require_clip_norm(who: str, clip_norm: float | None) -> float | None:
+    """The largest norm of a gradient itself.
+
+    Raises:
+        ValueError: it is neither None nor above 0 and finite; names ``who`` was given it.
+    """
+    if clip_norm is not None and not 0 < clip_norm < float("inf"):
+        raise ValueError(
+            f"{who}: clip_norm must be above 0 and finite, or None; got {clip_norm!r}. None does not "
+            "clip; 5.0 is usual for recurrent networks."
+        )
+    return clip_norm

@@ -49,10 +49,13 @@ class Message:
         buffers: the same names and dtypes on every worker, in the same order.
         ragged: sizes may differ between workers. False promises that they are equal, which saves the
             exchange of sizes.
+        summable: the elementwise sum of such messages decodes to the sum of what was encoded, whatever
+            the codec's other messages do; so on every worker, or on none.
     """
 
     buffers: Named
     ragged: bool = False
+    summable: bool = False
 
 
 class Comm(Protocol):

@@ -9,7 +9,7 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from sterna.cli import flags
+from sterna.cli import compress, flags
 
 SNAPSHOT = Path(__file__).with_name("cli_flags.txt")
 HOW = f"If that is meant: .venv/bin/python {Path(*Path(__file__).parts[-3:])}"
@@ -19,6 +19,8 @@ COMMANDS: dict[str, Any] = {
     "compare EXPERIMENT...": flags.CompareFlags,
     "report": flags.ReportFlags,
     "list": flags.ListFlags,
+    "compress": compress.CompressFlags,
+    "export": compress.ExportFlags,
 }
 
 

@@ -69,12 +69,23 @@ def examples(package: str = "") -> list[Any]:
         for k, example in enumerate(loaded.EXAMPLES)
     ]
     around = [
-        (f"{name}-in-{wrapper.__name__}", wrapper(inner=inner))
+        (f"{name}-in-{wrapper.__name__}", wrapper(inner=inner, **_needed(wrapper)))
         for wrapper in wrappers(package)
         for name, inner in own
         if type(inner) is not wrapper
     ]
     return [pytest.param(example, id=name) for name, example in own + around]
+
+
+def _needed(wrapper: type) -> dict[str, int]:
+    """1 for each count without a default: the laws of several steps then see what comes after."""
+    return {
+        field.name: 1
+        for field in dataclasses.fields(wrapper)
+        if field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
+        and field.type in (int, "int")
+    }
 
 
 @cache

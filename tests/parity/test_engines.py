@@ -29,6 +29,8 @@ def _ledger(folder: Path) -> list[dict[str, Any]]:
         ("digits.terngrad", {"epochs": 2}, 4, True),
         ("digits.terngrad", {"epochs": 2, "share_scalers": False}, 2, True),
         ("digits.terngrad_dense", {"epochs": 2}, 2, True),
+        ("digits.entropy", {"epochs": 2}, 2, True),
+        ("digits.local_terngrad", {"epochs": 2, "every": 5}, 2, True),
         ("digits.local_sgd", {"epochs": 2, "every": 5}, 2, False),
         ("digits.local_sgd", {"epochs": 2, "outer_momentum": 0.9, "nesterov": True}, 4, False),
         ("digits.slim_dp", {"epochs": 2, "refresh_every": 10}, 2, False),

@@ -25,6 +25,12 @@ CASES = {
     "ragged gather of 50 kB, 3 workers": ("ragged", 50_000, 20, 3),
     "sum of 1 MB, 4 workers": ("sum", 1_000_000, 10, 4),
     "sum of 4 kB, 3 workers": ("sum", 4000, 50, 3),
+    "all-to-all of 1 MB, 4 workers": ("all-to-all", 1_000_000, 10, 4),
+    "broadcast of 0.5 MB, 3 workers": ("broadcast", 500_000, 10, 3),
+    "two phases of TernGrad for 4 MB, 4 workers": ("two phases", 4_000_000, 8, 4),
+    "Slim-DP for 4 MB, 3 workers": ("Slim-DP", 4_000_000, 8, 3),
+    "averaged, fed back, coded ternaries for 4 MB, 3 workers": ("composition", 4_000_000, 8, 3),
+    "warm-up, then ternaries, for 4 MB, 2 workers": ("warm-up", 4_000_000, 8, 2),
 }
 
 
@@ -42,7 +48,7 @@ def counted() -> dict[str, dict[str, float]]:
             ["ip", "netns", "exec", name, *command],
             capture_output=True,
             text=True,
-            timeout=200,
+            timeout=280,
             check=False,
         )
     finally:

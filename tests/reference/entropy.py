@@ -14,6 +14,11 @@ def root_mean_square(values):
     return math.sqrt(math.fsum(float(v) ** 2 for v in values) / len(values)) if len(values) else 0.0
 
 
+def relative_step(values, step):
+    """So many root mean squares, and no more than the largest magnitude."""
+    return min(step * root_mean_square(values), max((abs(float(v)) for v in values), default=0.0))
+
+
 def quantise(values, step):
     """Code, or None beyond 127 steps; and what arrives."""
     codes, arrived = [], []

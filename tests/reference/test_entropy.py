@@ -45,8 +45,8 @@ def test_ten_steps_with_error_feedback(step, relative):
         decoded = codec.decode(message, named)
         for name, g in named.items():
             x = g.numpy().reshape(-1) + left[name]
-            size = reference.root_mean_square(x) if relative else 1.0
-            _, arrived = reference.quantise(x, np.float32(step * size))
+            width = reference.relative_step(x, step) if relative else step
+            _, arrived = reference.quantise(x, np.float32(width))
             found = decoded[name].numpy().reshape(-1)
             # A root mean square that rounds to the neighbouring float moves everything by 2^-23.
             np.testing.assert_allclose(found, arrived, rtol=3e-7, atol=0)

@@ -3,11 +3,13 @@
 import os
 import signal
 import time
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
-from session_workers import EXAMPLES, make
+from session_workers import EXAMPLES, make, make_late
 from sterna.comm.shared import SharedMemory
 from sterna.replica import Replica
 from sterna.samplers import Shuffle
@@ -48,9 +50,10 @@ def test_a_waiting_worker_dies_just_after_anothers_push(admission: Admission) ->
     assert sorted(batches) == list(range(EXAMPLES // 4))
 
 
-def test_a_replacement_that_dies_before_it_is_ready_is_one_worker_less() -> None:
+def test_a_replacement_that_dies_before_it_is_ready_is_one_worker_less(tmp_path: Path) -> None:
     own, rules, killed = replica(), Server(admission=Async()), []
-    wanted = Workers(make=make, count=3, stragglers=dict.fromkeys(range(3), 20.0), restarts=1)
+    late = partial(make_late, tmp_path, 3)
+    wanted = Workers(make=late, count=3, stragglers=dict.fromkeys(range(3), 20.0), restarts=1)
     with mailboxes(own.weights, rules, wanted) as post:
         loop, batches = serving(own, post, rules, epochs=3), []
         for landing in loop.run():
@@ -58,8 +61,9 @@ def test_a_replacement_that_dies_before_it_is_ready_is_one_worker_less() -> None
             if len(loop.state.members) < 3 and not killed:
                 time.sleep(0.1)
             pid = post.pids().get(0)
-            fresh = pid is not None and pid not in killed
-            if fresh and (not killed or 0 not in loop.state.members) and len(killed) < 2:
+            fresh = pid is not None and pid not in killed and len(killed) < 2
+            ready = 0 in loop.state.members if killed else len(loop.state.members) < 3
+            if fresh and not ready:
                 os.kill(pid, signal.SIGKILL)  # type: ignore[arg-type]
                 killed.append(pid)
     assert len(killed) == 2 and loop.lost[0] == 2

@@ -1,4 +1,4 @@
-"""The command line: ``sterna run``, ``compare``, ``report``, ``list``."""
+"""The command line: ``sterna run``, ``compare``, ``report``, ``compress``, ``export``, ``list``."""
 
 import sys
 
@@ -12,6 +12,8 @@ Sterna trains deep networks with less, and proves every saving in one ledger.
   sterna run --replay RUN                 do an asynchronous run again, to the same bits
   sterna compare EXPERIMENT EXPERIMENT ... [--workers 4 --seeds 3 --out runs/y ...]
   sterna report RUN... [--out report.html]
+  sterna compress RUN --method ssl --keep-accuracy 0.5     a smaller, faster model, and the proof
+  sterna export RUN model.onnx
   sterna list [experiments|methods]
 
 An EXPERIMENT is <data>.<method>, as `sterna list` shows, or your own: path/to/file.py:function.

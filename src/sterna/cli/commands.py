@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import sterna
+from sterna.cli.compress import compress_command, export_command
 from sterna.cli.execute import UsageError, execute, require, setting_of, under_torchrun
 from sterna.cli.flags import (
     CompareFlags,
@@ -35,14 +36,14 @@ from sterna.runs.experiment import (
     all_experiments,
     located,
     resolve,
-    restored,
 )
 from sterna.runs.files import StoreError, read_json
 from sterna.runs.recorder import FORMAT, plain_arguments
+from sterna.runs.reopen import described
 from sterna.runs.request import Request
 from sterna.runs.setting import Setting
 from sterna.runs.table import ComparisonTable, run_table
-from sterna.runs.target import seconds_to_target
+from sterna.runs.target import require_judged_by_accuracy, seconds_to_target
 
 _METHOD_PACKAGES = ("codecs", "exchange", "server", "objectives", "samplers")
 
@@ -57,6 +58,8 @@ def dispatch(arguments: Sequence[str]) -> int:
         "compare": _compare,
         "report": _report,
         "list": _list,
+        "compress": compress_command,
+        "export": export_command,
     }
     try:
         if command not in commands:
@@ -132,29 +135,6 @@ def _has(arguments: list[str], flag: str) -> bool:
     return any(a == flag or a.startswith(f"{flag}=") for a in arguments)
 
 
-def _described(folder: Path, quiet: bool) -> tuple[Mapping[str, Any], Request]:
-    """``run.json`` of a folder, and the request that it describes."""
-    about = read_json(folder / "run.json", "a run folder")
-    if about.get("format") != FORMAT:
-        raise StoreError(
-            f"{folder / 'run.json'} has format {about.get('format')!r}; this version of Sterna "
-            f"({sterna.__version__}) reads format {FORMAT}. Resume with the version that wrote it."
-        )
-    source = about.get("source") or about["experiment"]
-    request = Request(
-        experiment=about["experiment"],
-        source=source,
-        arguments=restored(resolve(source), about["arguments"]),
-        folder=folder,
-        seed=about["seed"],
-        checkpoint_every=about["checkpoint_every"],
-        device=about["device"],
-        quiet=quiet,
-        setting=Setting.from_json(about["setting"]) if "setting" in about else None,
-    )
-    return about, request
-
-
 def _replay(flags: ReplayFlags) -> None:
     """``sterna run --replay``.
 
@@ -163,7 +143,7 @@ def _replay(flags: ReplayFlags) -> None:
     """
     from sterna.runs.replayed import replay_run
 
-    about, request = _described(flags.replay, quiet=True)
+    about, request = described(flags.replay, quiet=True)
     verdict = replay_run(flags.replay, request, about.get("threads", 1))
     if not verdict.equal:
         raise StoreError(
@@ -179,7 +159,7 @@ def _replay(flags: ReplayFlags) -> None:
 
 def _resume(flags: ResumeFlags) -> tuple[Mapping[str, Any], Path]:
     folder = flags.resume
-    about, request = _described(folder, flags.quiet)
+    about, request = described(folder, flags.quiet)
     finished = folder / "summary.json"
     if finished.exists() and request.setting is not None:
         text = f"{folder} is finished already."
@@ -237,6 +217,9 @@ def _compare(arguments: list[str]) -> None:
     require(flags.seeds >= 1, "--seeds", "at least 1", flags.seeds)
     target = flags.target_accuracy
     _require_target(target)
+    if target is not None:  # before hours of training, not after
+        for name, function, given in zip(names, functions, values, strict=True):
+            require_judged_by_accuracy(name, function(**given).data.merit)
     setting = setting_of(flags, flags.workers, 0)
     folder = flags.out or Path("runs") / f"compare-{time.strftime('%Y%m%d-%H%M%S')}"
     if (folder / "compare.json").exists():

@@ -182,7 +182,9 @@ def _synchronous(
         max_restarts=setting.restarts,
         timeout_s=timeout_s,
         on_restart=lambda reason: Console(stderr=True).print(
-            f"{reason}; starting again from the last checkpoint", highlight=False
+            f"{reason}; replaced, and all go on with what they kept",
+            highlight=False,
+            soft_wrap=True,
         ),
     )
     return summary

@@ -66,7 +66,7 @@ class RunFlags(MachineFlags):
         Path | None, _arg(help="run folder; default: runs/<experiment>-<date>-<time>")
     ] = None
     max_restarts: Annotated[
-        int, _arg(help="lost workers to replace; synchronous runs go on from the last checkpoint")
+        int, _arg(help="how often to replace lost workers; the others live on, and nothing is lost")
     ] = 0
     checkpoint_every: Annotated[
         int, _arg(help="steps between checkpoints; 0: at the end of every epoch")

@@ -1,14 +1,16 @@
 """Quantise: every entry is rounded to a whole number of steps.
 
-    D_j = c                  or, relative,   D_j = c sqrt(mean_k x_jk^2)               (1)
+    D_j = c       or, relative,   D_j = min(c sqrt(mean_k x_jk^2), max_k |x_jk|)       (1)
     q   = rint(x / D_j)                                                                (2)
     x'  = D_j q  where |q| <= 127,  else x                                             (3)
 
 Symbols: x entry of tensor j, D_j step of the tensor, c ``step``, q code, x' what arrives. An entry
-beyond 127 steps travels as the float that it is, so |x' - x| <= D_j / 2 for all. For small c the mean
-squared error is D_j^2 / 12, and the entropy of q is h - log2(c) bits with a relative step, where h
-belongs to the shape of the distribution alone: 2.05 for a Gaussian, 1.94 Laplace, 1.79 uniform. With a
-fixed step the root mean square comes in too, h - log2(c) + log2(rms): it falls as the tensor shrinks.
+beyond 127 steps travels as the float that it is, so |x' - x| <= D_j / 2 for all. A relative step is no
+wider than the largest entry, which therefore travels: of a tensor of one value a wider step would send
+nothing for ever, for what error feedback adds widens it too. For small c the mean squared error is
+D_j^2 / 12, and the entropy of q is h - log2(c) bits with a relative step, where h belongs to the shape
+of the distribution alone: 2.05 for a Gaussian, 1.94 Laplace, 1.79 uniform. With a fixed step the root
+mean square comes in too, h - log2(c) + log2(rms): it falls as the tensor shrinks.
 Reference: A. Øland, B. Raj, "Reducing Communication Overhead in Distributed Learning by an Order of
     Magnitude (Almost)", ICASSP 2015; T. M. Cover, J. A. Thomas, "Elements of Information Theory", 2nd
     ed., Wiley 2006, Theorem 8.3.1 (the entropy of what is quantised).
@@ -86,8 +88,9 @@ class Quantise:
         values, bounds = x.numpy(), flat.layout.bounds
         step = self._steps(len(flat))
         if self.relative:
-            size = quantise_kernels.root_mean_square(values, bounds)
-            step = np.where(size > 0, np.clip(self.step * size, _TINY, _HUGE), 0).astype(np.float32)
+            rms, peak = quantise_kernels.sizes(values, bounds)
+            wide = np.clip(np.minimum(self.step * rms, peak), _TINY, _HUGE)
+            step = np.where(rms > 0, wide, 0).astype(np.float32)
         code, num_far = quantise_kernels.quantise(values, bounds, step)
         far = x[torch.from_numpy(code == quantise_kernels.FAR)] if num_far else torch.zeros(0)
         buffers = {"code": torch.from_numpy(code).to(device), "far": far.to(device)}

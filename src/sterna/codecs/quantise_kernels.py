@@ -14,12 +14,13 @@ FAR = -128
 
 
 @njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
-def _mean_square(x, bounds, out):
+def _mean_square(x, bounds, out, largest):
     for k in range(out.shape[0]):
-        segment, total = x[bounds[k] : bounds[k + 1]], 0.0
+        segment, total, peak = x[bounds[k] : bounds[k + 1]], 0.0, np.float32(0)
         for i in range(segment.shape[0]):
             total += np.float64(segment[i]) * np.float64(segment[i])
-        out[k] = total / max(segment.shape[0], 1)
+            peak = max(peak, abs(segment[i]))
+        out[k], largest[k] = total / max(segment.shape[0], 1), peak
 
 
 @njit(nogil=True, cache=True)
@@ -49,11 +50,11 @@ def _scale(codes, bounds, step, limit, out):
             into[i] = min(max(np.float32(segment[i]) * s, -limit), limit)
 
 
-def root_mean_square(x: Floats, bounds: Bounds) -> npt.NDArray[np.float64]:
-    """Of each segment; 0 for an empty one."""
-    out = np.zeros(len(bounds) - 1)
-    _mean_square(x, bounds, out)
-    return np.sqrt(out)
+def sizes(x: Floats, bounds: Bounds) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Root mean square and largest magnitude of each segment; 0 for an empty one."""
+    out, largest = np.zeros(len(bounds) - 1), np.zeros(len(bounds) - 1)
+    _mean_square(x, bounds, out, largest)
+    return np.sqrt(out), largest
 
 
 def quantise(x: Floats, bounds: Bounds, step: Floats) -> tuple[Codes, int]:

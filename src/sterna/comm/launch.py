@@ -3,16 +3,31 @@
 The fork server is Python's own (``multiprocessing``, start method ``forkserver``). Forking from a process
 that never ran a kernel takes a few hundredths of a second; starting an interpreter and importing torch
 takes seconds. Workers meet through a file and talk over the loopback interface.
+
+When a worker is lost, and one may be replaced:
+
+    lost worker     dies: its pipe ends. Or hangs: the collectives of the others run out of time.
+    the others      get `PeerLost` in their next collective, leave the broken group (which ends the
+                    collectives of those who wait for them), say so by pipe, and wait.
+    launcher        has heard of all, or waits no longer: who has said nothing is killed, and lost too.
+                    It starts a replacement for each lost worker, and sends the others the file through
+                    which all meet next.
+    all             form a new group of the same size, and call the worker function again. `Member.recall`
+                    gives each what it kept itself, or its predecessor did, in memory that outlives it
+                    (`sterna.comm.member` says why these states fit together).
+
+So nothing of the state is lost with a worker, nor when all are lost at once, nor when one that hangs in
+a rendezvous is killed for it. The processes of the others live on, with what they have loaded and compiled.
 """
 
 import dis
+import gc
 import multiprocessing
 import os
 import pickle
 import signal
 import tempfile
 import threading
-import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,25 +35,16 @@ from multiprocessing import connection, forkserver
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from sterna.comm.supervisor import Joined, Lost, Outcome, Supervisor, WorkerFailed
+
+if TYPE_CHECKING:
+    from sterna.comm.kept import Kept
+
+__all__ = ["WorkerFailed", "die_with_parent", "explains_itself", "launch", "warm_up"]
 
 _PRELOAD = ["sterna.comm.preload"]
-_GRACE_S = 3.0
-
-
-class WorkerFailed(RuntimeError):
-    """A worker process died or raised; the message names its rank and the reason.
-
-    Args:
-        message: rank and reason, in one sentence.
-        details: the worker's traceback, where there is one.
-        lost: the worker died or stopped answering, rather than raised an error of its own.
-    """
-
-    def __init__(self, message: str, details: str = "", lost: bool = False) -> None:
-        super().__init__(message)
-        self.details = details
-        self.lost = lost
 
 
 def warm_up() -> None:
@@ -48,27 +54,12 @@ def warm_up() -> None:
 
 
 @dataclass(frozen=True)
-class _Outcome:
-    """How a worker ended: with a ``result`` or an ``error``.
-
-    ``is_echo``: it only saw a peer fail. ``died``: the process ended without a word.
-    """
-
-    result: Any = None
-    error: str | None = None
-    details: str = ""
-    is_echo: bool = False
-    died: bool = False
-
-
-@dataclass(frozen=True)
 class _Task:
-    """What one worker process does."""
+    """What the worker processes do."""
 
     worker: Callable[..., Any]
     args: tuple[Any, ...]
     size: int
-    store: Path
     timeout_s: float
 
 
@@ -83,148 +74,124 @@ def launch(
 ) -> Any:
     """Run ``worker(comm, *args)`` in ``workers`` processes of this machine; rank 0's result.
 
-    When a worker dies or raises, the others are stopped within seconds. When one died or stopped
-    answering and ``max_restarts`` are left, all start again in a new group, from what they saved.
+    ``comm`` is a `sterna.comm.member.Member`. A worker that dies or stops answering is replaced, at most
+    ``max_restarts`` times; those that are lost together count once. The others live on, and ``worker`` is
+    called again on all of them in a new group. It goes on from what it kept, if it did
+    (`sterna.runs.survivors` for the state of a training loop, `Member.keep` for any), or from its files.
+    An error that a worker raises itself ends the launch: it would only come again.
+
+    With ``max_restarts=0`` nothing is kept, and a lost worker ends the launch within seconds.
 
     Args:
-        worker: an importable function; its arguments and rank 0's result must pickle.
+        worker: an importable function; its arguments and rank 0's result must pickle. It must let
+            `PeerLost` pass.
         args: further arguments, the same for all.
         workers: number of processes.
-        max_restarts: how many lost workers to survive.
+        max_restarts: how often lost workers are replaced.
         timeout_s: seconds after which a collective without an answer fails.
-        on_restart: told the reason of each failure that is survived.
+        on_restart: told who was lost and why, each time before they are replaced.
 
     Raises:
-        ValueError: ``workers`` is below 1.
+        ValueError: ``workers`` is below 1, or ``max_restarts`` below 0.
         WorkerFailed: a worker failed and no restart is left.
         KeyboardInterrupt: Ctrl-C; the workers have been stopped.
     """
     if workers < 1:
         raise ValueError(f"launch: workers must be at least 1; got {workers}.")
+    if max_restarts < 0:
+        raise ValueError(f"launch: max_restarts must be 0 or more; got {max_restarts}.")
     warm_up()
-    with tempfile.TemporaryDirectory(prefix="sterna-") as folder:
-        for attempt in range(max_restarts + 1):
-            store = Path(folder) / f"store-{attempt}"
-            try:
-                return _run_group(_Task(worker, tuple(args), workers, store, timeout_s))
-            except WorkerFailed as failure:
-                if attempt == max_restarts or not failure.lost:
-                    raise  # an error of the worker's own would only come again
-                if on_restart is not None:
-                    on_restart(str(failure))
-    raise AssertionError("unreachable")
+    from sterna.comm.kept import Kept
 
-
-def _run_group(task: _Task) -> Any:
+    task = _Task(worker, tuple(args), workers, timeout_s)
+    kept = [Kept() for _ in range(workers)] if max_restarts else [None] * workers
     context = multiprocessing.get_context("forkserver")
-    processes: list[ForkServerProcess] = []
-    ends: list[Connection] = []
-    try:
-        for rank in range(task.size):
-            receive, send = context.Pipe(duplex=False)
-            process = context.Process(
-                target=_child, args=(rank, task, send), name=f"sterna-worker-{rank}"
-            )
-            process.start()
-            send.close()
-            processes.append(process)
-            ends.append(receive)
-        return _supervise(processes, ends)
-    finally:
-        _stop(processes)
-        for end in ends:
-            end.close()
+
+    def start(rank: int, store: Path) -> tuple[ForkServerProcess, Connection]:
+        ours, theirs = context.Pipe()
+        process = context.Process(
+            target=_child,
+            args=(rank, task, store, theirs, kept[rank]),
+            name=f"sterna-worker-{rank}",
+        )
+        process.start()
+        theirs.close()
+        return process, ours
+
+    with tempfile.TemporaryDirectory(prefix="sterna-") as folder:
+        supervisor = Supervisor(start, workers, Path(folder), timeout_s)
+        try:
+            return supervisor.run(max_restarts, on_restart)
+        finally:
+            supervisor.stop()
 
 
-def _supervise(processes: list[ForkServerProcess], ends: list[Connection]) -> Any:
-    """Wait until all have ended well, or until one fails; then give the root cause."""
-    outcomes: dict[int, _Outcome] = {}
-    deadline: float | None = None
-    while len(outcomes) < len(processes):
-        patience = None if deadline is None else max(deadline - time.monotonic(), 0.0)
-        waiting = [end for rank, end in enumerate(ends) if rank not in outcomes]
-        ready = connection.wait(waiting, patience)
-        if not ready:
-            break
-        for rank, end in enumerate(ends):
-            if end in ready:
-                outcomes[rank] = _receive(rank, end, processes[rank])
-                if outcomes[rank].error is not None and deadline is None:
-                    # Peers of a dead worker fail too, a moment later or earlier: hear them all.
-                    deadline = time.monotonic() + 1.0
-        failed = [o for o in outcomes.values() if o.error is not None and not o.is_echo]
-        if failed:
-            break
-    failures = sorted(
-        ((rank, o) for rank, o in outcomes.items() if o.error is not None),
-        key=lambda failure: failure[1].is_echo,
-    )
-    if failures:
-        rank, outcome = failures[0]
-        lost = outcome.died or outcome.is_echo
-        raise WorkerFailed(f"rank {rank}: {outcome.error}", outcome.details, lost)
-    return outcomes[0].result
-
-
-def _receive(rank: int, end: Connection, process: ForkServerProcess) -> _Outcome:
-    try:
-        received = end.recv_bytes()
-    except (EOFError, OSError):
-        process.join(_GRACE_S)
-        code = process.exitcode
-        if code is not None and code < 0:
-            reason = f"the process was killed by {signal.Signals(-code).name}"
-        else:
-            reason = f"the process ended without a result (exit code {code})"
-        return _Outcome(error=reason, died=True)
-    outcome: _Outcome = pickle.loads(received)  # noqa: S301, TID251  from our own child, by pipe
-    return outcome
-
-
-def _stop(processes: list[ForkServerProcess]) -> None:
-    for process in processes:
-        if process.is_alive():
-            process.terminate()
-    deadline = time.monotonic() + _GRACE_S
-    for process in processes:
-        process.join(max(deadline - time.monotonic(), 0.0))
-        if process.is_alive():
-            process.kill()
-            process.join()
-        process.close()
-
-
-def _child(rank: int, task: _Task, send: Connection) -> None:
-    """A worker process: join the group, work, report how it ended."""
+def _child(rank: int, task: _Task, store: Path, pipe: Connection, kept: "Kept | None") -> None:
+    """A worker process: join the group and work, anew after every loss; report how it ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher decides
     signal.signal(signal.SIGTERM, _terminated)
     threading.Thread(target=die_with_parent, daemon=True).start()
 
     import torch
 
-    from sterna.comm.distributed import Distributed
-    from sterna.seams import PeerLost
-
     torch.set_num_threads(1)
-    comm = None
-    try:
-        comm = Distributed.connect(rank, task.size, task.store, task.timeout_s)
-        result = task.worker(comm, *task.args)
-        outcome = _Outcome(result=result if rank == 0 else None)
-    except Exception as error:
-        outcome = _Outcome(
-            error=str(error) if explains_itself(error) else f"{type(error).__name__}: {error}",
-            details="" if explains_itself(error) else traceback.format_exc(),
-            is_echo=isinstance(error, PeerLost),
-        )
-    # Plain pickle: torch's own would pass tensors as handles into a process that is about to end.
-    send.send_bytes(pickle.dumps(outcome))
-    send.close()
-    if comm is not None and outcome.error is None:
-        comm.close()
-    if outcome.error is not None:
+    while isinstance(said := _attempt(rank, task, store, pipe, kept), Lost):
+        _leave()  # first, so that whoever waits for this worker in a collective hears of it
+        _say(pipe, said)
+        try:
+            store = Path(pipe.recv_bytes().decode())
+        except (EOFError, OSError):  # nobody is replaced any more
+            os._exit(1)
+    _say(pipe, said)
+    pipe.close()
+    if said.error is not None:
         # A broken group can hang in its destructor; everything worth keeping is on disk.
         os._exit(1)
+    _leave()
+
+
+def _attempt(
+    rank: int, task: _Task, store: Path, pipe: Connection, kept: "Kept | None"
+) -> Lost | Outcome:
+    """Work in one group until the end, or until it breaks."""
+    from sterna.comm.member import Member
+
+    try:
+        comm = Member.join(rank, task.size, store, task.timeout_s, kept)
+        _say(pipe, Joined())
+        result = task.worker(comm, *task.args)
+        return Outcome(result=result if rank == 0 else None)
+    except Exception as error:
+        if _lost_contact(error):
+            return Lost(str(error))
+        return Outcome(
+            error=str(error) if explains_itself(error) else f"{type(error).__name__}: {error}",
+            details="" if explains_itself(error) else traceback.format_exc(),
+        )
+
+
+def _lost_contact(error: Exception) -> bool:
+    """Whether another worker is to blame; of collectives that are not ours, Gloo's text says so."""
+    import torch.distributed as dist
+
+    from sterna.seams import PeerLost
+
+    of_gloo = isinstance(error, RuntimeError) and "gloo/transport" in str(error)
+    return of_gloo or isinstance(error, PeerLost | dist.DistNetworkError | dist.DistBackendError)
+
+
+def _leave() -> None:
+    """Drop the process group, and what the failed attempt left that may hold its sockets open."""
+    import torch.distributed as dist
+
+    gc.collect()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _say(pipe: Connection, said: Joined | Lost | Outcome) -> None:
+    # Plain pickle: torch's own would pass tensors as handles into a process that is about to end.
+    pipe.send_bytes(pickle.dumps(said))
 
 
 def explains_itself(error: BaseException) -> bool:

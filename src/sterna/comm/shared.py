@@ -29,7 +29,7 @@ class SharedMemory:
     """
 
     def __init__(self, num_bytes: int) -> None:
-        descriptor = _anonymous()
+        descriptor = anonymous()
         try:
             os.ftruncate(descriptor, max(num_bytes, 1))
             os.posix_fallocate(descriptor, 0, max(num_bytes, 1))  # fail here, not by a signal later
@@ -59,7 +59,8 @@ class SharedMemory:
             os.close(descriptor)
 
 
-def _anonymous() -> int:
+def anonymous() -> int:
+    """Descriptor of an empty file without a name, in memory where the system has such files."""
     if hasattr(os, "memfd_create"):
         return os.memfd_create("sterna", os.MFD_CLOEXEC)
     with tempfile.TemporaryFile() as file:  # pragma: no cover  macOS

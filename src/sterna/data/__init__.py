@@ -2,5 +2,6 @@
 
 from sterna.data.examples import Dataset, Examples
 from sterna.data.files import DataError
+from sterna.data.merit import ACCURACY, PERPLEXITY, Merit
 
-__all__ = ["DataError", "Dataset", "Examples"]
+__all__ = ["ACCURACY", "PERPLEXITY", "DataError", "Dataset", "Examples", "Merit"]

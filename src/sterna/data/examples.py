@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from sterna.data.merit import ACCURACY, Merit
 from sterna.data.split import stratified
 from sterna.randomness import generator
 from sterna.seams import Batch
@@ -106,13 +107,15 @@ class Examples:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A named classification task: examples to train on and examples to test on.
+    """A named task of predicting classes: examples to train on and examples to test on.
 
     Args:
         name: as it stands in reports; says so where the data is not the full published set.
         train: examples to train on.
         test: examples to judge by, of the same shape and dtype.
-        classes: number of classes; every target is an int64 in ``[0, classes)``.
+        classes: number of classes, of a language model its words; every target is an int64 in
+            ``[0, classes)``. An example may have several, one for each position.
+        merit: by what a trained model is judged: `ACCURACY` or `PERPLEXITY`.
 
     Raises:
         ValueError: train and test disagree, or a target is not a class.
@@ -131,6 +134,7 @@ class Dataset:
     train: Examples
     test: Examples
     classes: int
+    merit: Merit = ACCURACY
 
     def __post_init__(self) -> None:
         if self.classes < 1:
@@ -160,7 +164,10 @@ class Dataset:
     def validation_split(self, fraction: float, seed: int) -> "Dataset":
         """A data set for tuning: its test examples are cut out of ``train``, class by class.
 
-        The test set stays unseen. Inputs keep the scaling of the whole training part.
+        The test set stays unseen. Inputs keep the scaling of the whole training part. Examples with
+        several targets are cut by chance alone. Windows of one text are then neighbours of what is
+        trained on; a text with a validation part of its own, such as `sterna.data.ptb`, is better
+        judged by that.
 
         Args:
             fraction: share of the training examples that becomes the test part, in (0, 1).

@@ -9,7 +9,7 @@ import torch
 
 from sterna.codecs.form import decode_mean
 from sterna.flat import Flat, Named
-from sterna.seams import Codec, Comm, State
+from sterna.seams import Codec, Comm, Message, State
 
 
 def mean(
@@ -32,8 +32,23 @@ def mean(
         PeerLost: another worker failed.
     """
     message, state = codec.encode(named, state, comm, rng)
-    if codec.summable:
+    return mean_of(message, codec, named, comm), state
+
+
+def mean_of(message: Message, codec: Codec, like: Named, comm: Comm) -> Flat:
+    """Mean of what all workers' messages say, equal to the bit on each of them.
+
+    Args:
+        message: this worker's; its memory may be overwritten.
+        codec: what made it.
+        like: tensors of the names and shapes in it.
+        comm: the transport.
+
+    Raises:
+        PeerLost: another worker failed.
+    """
+    if codec.summable or message.summable:
         for buffer in message.buffers.values():
             comm.sum_(buffer.div_(comm.size))
-        return Flat.of(codec.decode(message, named)), state
-    return decode_mean(codec, comm.gather(message), named), state
+        return Flat.of(codec.decode(message, like))
+    return decode_mean(codec, comm.gather(message), like)

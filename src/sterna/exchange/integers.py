@@ -17,6 +17,7 @@ from sterna.codecs import kernels, packing, portable, radix
 from sterna.codecs.error_feedback import ErrorFeedback
 from sterna.codecs.form import Form, empty
 from sterna.codecs.terngrad import TernGrad
+from sterna.codecs.warm_up import WarmUp
 from sterna.flat import Flat, Named
 from sterna.seams import Codec, Message
 
@@ -92,7 +93,7 @@ def integers_of(codec: Codec) -> Integers | None:
     """
     if isinstance(codec, Summing):
         return codec.integers()
-    if isinstance(codec, ErrorFeedback):  # its messages are the inner codec's
+    if isinstance(codec, ErrorFeedback | WarmUp):  # its messages are the inner codec's, in the end
         return integers_of(codec.inner)
     if isinstance(codec, TernGrad) and codec.share_scalers:
         return _Ternary(codec)

@@ -31,8 +31,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from sterna.codecs.finite import largest
 from sterna.codecs.identity import Identity
+from sterna.exchange.alone import step_alone
 from sterna.exchange.two_phase import mean
 from sterna.exchange.weights import assign, packed
 from sterna.flat import Flat, Named
@@ -123,8 +123,7 @@ class ModelAverage:
                 The replica is as it was before this step, or before the average.
             PeerLost: another worker failed.
         """
-        largest(replica.gradients, "ModelAverage")
-        replica.update()
+        step_alone(replica, "ModelAverage")
         if replica.step % self.every:
             return state
         anchor, weights = Flat.of(state["anchor"]), packed(replica)

@@ -36,6 +36,7 @@ from torch import Tensor
 
 from sterna.codecs.finite import largest
 from sterna.exchange import mask
+from sterna.exchange.alone import step_alone
 from sterna.exchange.explorers import AtRandom, BestResponse, Explorer
 from sterna.exchange.weights import assign, packed
 from sterna.flat import Flat
@@ -149,8 +150,7 @@ class SlimDP:
             NotFinite: a gradient holds NaN or infinity, or a weight does after the local step.
             PeerLost: another worker failed.
         """
-        largest(replica.gradients, "SlimDP")
-        replica.update()
+        step_alone(replica, "SlimDP")
         if replica.step % self.every:
             return state
         slots = {slot: Flat.of(named) for slot, named in state.items()}

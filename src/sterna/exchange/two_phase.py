@@ -154,6 +154,9 @@ def mean(
             "Use TernGrad(share_scalers=True), or plan=None, which gathers where it has to."
         )
     message, state = codec.encode(named, state, comm, rng)
+    expected = integers.form(named).buffers
+    if set(message.buffers) != set(expected):  # not yet: the codec is warming up
+        return averaging.mean_of(message, codec, named, comm), state
     shards = _Shards.of(integers, named, comm.size)
     sums = _add_up(integers, integers.packed(message), shards, comm)
     gathered = comm.gather(Message({"sums": sums, **integers.rest(message)}))

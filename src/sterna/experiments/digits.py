@@ -18,8 +18,9 @@ Args:
     decay: of the mean square of gradients; none: a constant lambda.
     clip: clip each tensor's gradient at this many standard deviations; none: no clipping.
     share_scalers: one scaler per tensor for all workers, or each its own.
-    every: steps between two rounds of communication. Replicas differ in between, so an evaluation then
-        is of each worker's own replica, and the saved one is rank 0's.
+    step: of the rounding, in root mean squares of each tensor.
+    every: steps between two rounds of communication. What is judged and saved are the weights that the
+        workers agreed on last.
     outer_lr: rate of the step from the last agreed weights towards the workers' average.
     outer_momentum: momentum of that step.
     nesterov: whether that momentum looks ahead.
@@ -33,7 +34,7 @@ from functools import partial
 
 from torch.optim import SGD
 
-from sterna.codecs import Fp16, Identity, TernGrad
+from sterna.codecs import Entropy, ErrorFeedback, Fp16, Quantise, TernGrad
 from sterna.data import digits
 from sterna.exchange.all_reduce import AllReduce
 from sterna.exchange.model_average import ModelAverage
@@ -41,7 +42,7 @@ from sterna.exchange.slim_dp import SlimDP
 from sterna.models import MLP
 from sterna.runs.run import Run
 from sterna.schedules import Polynomial
-from sterna.seams import Admission, Codec, Correction
+from sterna.seams import Admission, Correction, Exchange
 from sterna.server import (
     AdaDelay,
     Asgd,
@@ -55,12 +56,12 @@ from sterna.server import (
 )
 
 
-def _run(codec: Codec, epochs: int, lr: float, batch_size: int) -> Run:
+def _run(exchange: Exchange, epochs: int, lr: float, batch_size: int) -> Run:
     return Run(
         data=digits.load(),
         model=partial(MLP, (64, 128, 64, 10)),
         optimizer=partial(SGD, lr=lr, momentum=0.9),
-        exchange=AllReduce(codec=codec),
+        exchange=exchange,
         schedule=Polynomial(power=0.5),
         epochs=epochs,
         batch_size=batch_size,
@@ -69,12 +70,12 @@ def _run(codec: Codec, epochs: int, lr: float, batch_size: int) -> Run:
 
 def sync(*, epochs: int = 30, lr: float = 0.05, batch_size: int = 64) -> Run:
     """Synchronous data parallelism: the mean of all gradients, in float32."""
-    return _run(Identity(), epochs, lr, batch_size)
+    return _run(AllReduce(), epochs, lr, batch_size)
 
 
 def fp16(*, epochs: int = 30, lr: float = 0.05, batch_size: int = 64) -> Run:
     """Gradients travel as 16-bit floats."""
-    return _run(Fp16(), epochs, lr, batch_size)
+    return _run(AllReduce(codec=Fp16()), epochs, lr, batch_size)
 
 
 def terngrad(
@@ -86,14 +87,21 @@ def terngrad(
     share_scalers: bool = True,
 ) -> Run:
     """TernGrad: gradients travel as -1, 0 or 1 in 2 bits each, and one float per tensor."""
-    return _run(TernGrad(clip=clip, share_scalers=share_scalers), epochs, lr, batch_size)
+    codec = TernGrad(clip=clip, share_scalers=share_scalers)
+    return _run(AllReduce(codec=codec), epochs, lr, batch_size)
 
 
 def terngrad_dense(
     *, epochs: int = 30, lr: float = 0.05, batch_size: int = 64, clip: float | None = 2.5
 ) -> Run:
     """TernGrad with five codes to a byte: 1.6 bits each."""
-    return _run(TernGrad(clip=clip, dense=True), epochs, lr, batch_size)
+    return _run(AllReduce(codec=TernGrad(clip=clip, dense=True)), epochs, lr, batch_size)
+
+
+def entropy(*, epochs: int = 30, lr: float = 0.05, batch_size: int = 64, step: float = 2.0) -> Run:
+    """Gradients are rounded, what was lost is sent later, and the codes travel at their entropy."""
+    codec = ErrorFeedback(inner=Entropy(inner=Quantise(step=step)), decay=1.0)
+    return _run(AllReduce(codec=codec), epochs, lr, batch_size)
 
 
 def local_sgd(
@@ -110,7 +118,16 @@ def local_sgd(
     exchange = ModelAverage(
         every=every, outer_lr=outer_lr, outer_momentum=outer_momentum, nesterov=nesterov
     )
-    return replace(_run(Identity(), epochs, lr, batch_size), exchange=exchange)
+    return _run(exchange, epochs, lr, batch_size)
+
+
+def local_terngrad(
+    *, epochs: int = 30, lr: float = 0.05, batch_size: int = 64, every: int = 11
+) -> Run:
+    """Local steps; what they came to travels as coded ternaries, and what was lost is sent later."""
+    codec = ErrorFeedback(inner=Entropy(inner=TernGrad()))
+    exchange = ModelAverage(every=every, codec=codec)
+    return _run(exchange, epochs, lr, batch_size)
 
 
 def slim_dp(
@@ -130,7 +147,7 @@ def slim_dp(
         explorer_ratio=explorer_ratio,
         refresh_every=refresh_every,
     )
-    return replace(_run(Identity(), epochs, lr, batch_size), exchange=exchange)
+    return _run(exchange, epochs, lr, batch_size)
 
 
 def _server(
@@ -144,7 +161,7 @@ def _server(
 ) -> Run:
     server = Server(admission=admission or Async(), correction=correction or Asgd(), clip=clip_norm)
     optimizer = partial(SGD, lr=lr, momentum=momentum)
-    run = _run(Identity(), epochs, lr, batch_size)
+    run = _run(AllReduce(), epochs, lr, batch_size)
     return replace(run, server=server, optimizer=optimizer)
 
 

@@ -11,8 +11,9 @@ Args:
     batch_size: examples per step over all workers; of an asynchronous server, per push.
     clip: clip each tensor's gradient at this many standard deviations; none: no clipping.
     share_scalers: one scaler per tensor for all workers, or each its own.
-    every: steps between two rounds of communication. Replicas differ in between, so an evaluation then
-        is of each worker's own replica, and the saved one is rank 0's.
+    step: of the rounding, in root mean squares of each tensor.
+    every: steps between two rounds of communication. What is judged and saved are the weights that the
+        workers agreed on last.
     outer_lr: rate of the step from the last agreed weights towards the workers' average.
     outer_momentum: momentum of that step.
     nesterov: whether that momentum looks ahead.
@@ -34,7 +35,7 @@ from pathlib import Path
 
 from torch.optim import SGD
 
-from sterna.codecs import Fp16, Identity, TernGrad
+from sterna.codecs import Entropy, ErrorFeedback, Fp16, Quantise, TernGrad
 from sterna.data import mnist
 from sterna.exchange.all_reduce import AllReduce
 from sterna.exchange.local import Local
@@ -43,16 +44,16 @@ from sterna.exchange.slim_dp import SlimDP
 from sterna.models import LeNet5
 from sterna.runs.run import Run
 from sterna.schedules import Polynomial
-from sterna.seams import Codec
+from sterna.seams import Exchange
 from sterna.server import AdaDelay, DelayCompensation, Server, Ssp
 
 
-def _run(codec: Codec, data_dir: Path | None, epochs: int, lr: float, batch_size: int) -> Run:
+def _run(exchange: Exchange, data_dir: Path | None, epochs: int, lr: float, batch_size: int) -> Run:
     return Run(
         data=mnist.load(data_dir),
         model=LeNet5,
         optimizer=partial(SGD, lr=lr, momentum=0.9, weight_decay=5e-4),
-        exchange=AllReduce(codec=codec),
+        exchange=exchange,
         schedule=Polynomial(power=0.5),
         epochs=epochs,
         batch_size=batch_size,
@@ -63,14 +64,14 @@ def sync(
     *, data_dir: Path | None = None, epochs: int = 10, lr: float = 0.01, batch_size: int = 64
 ) -> Run:
     """Synchronous data parallelism: the mean of all gradients, in float32."""
-    return _run(Identity(), data_dir, epochs, lr, batch_size)
+    return _run(AllReduce(), data_dir, epochs, lr, batch_size)
 
 
 def fp16(
     *, data_dir: Path | None = None, epochs: int = 10, lr: float = 0.01, batch_size: int = 64
 ) -> Run:
     """Gradients travel as 16-bit floats."""
-    return _run(Fp16(), data_dir, epochs, lr, batch_size)
+    return _run(AllReduce(codec=Fp16()), data_dir, epochs, lr, batch_size)
 
 
 def terngrad(
@@ -83,7 +84,8 @@ def terngrad(
     share_scalers: bool = True,
 ) -> Run:
     """TernGrad: gradients travel as -1, 0 or 1 in 2 bits each, and one float per tensor."""
-    return _run(TernGrad(clip=clip, share_scalers=share_scalers), data_dir, epochs, lr, batch_size)
+    codec = TernGrad(clip=clip, share_scalers=share_scalers)
+    return _run(AllReduce(codec=codec), data_dir, epochs, lr, batch_size)
 
 
 def terngrad_dense(
@@ -95,7 +97,21 @@ def terngrad_dense(
     clip: float | None = 2.5,
 ) -> Run:
     """TernGrad with five codes to a byte: 1.6 bits each."""
-    return _run(TernGrad(clip=clip, dense=True), data_dir, epochs, lr, batch_size)
+    codec = TernGrad(clip=clip, dense=True)
+    return _run(AllReduce(codec=codec), data_dir, epochs, lr, batch_size)
+
+
+def entropy(
+    *,
+    data_dir: Path | None = None,
+    epochs: int = 10,
+    lr: float = 0.01,
+    batch_size: int = 64,
+    step: float = 2.0,
+) -> Run:
+    """Gradients are rounded, what was lost is sent later, and the codes travel at their entropy."""
+    codec = ErrorFeedback(inner=Entropy(inner=Quantise(step=step)), decay=1.0)
+    return _run(AllReduce(codec=codec), data_dir, epochs, lr, batch_size)
 
 
 def local_sgd(
@@ -113,7 +129,21 @@ def local_sgd(
     exchange = ModelAverage(
         every=every, outer_lr=outer_lr, outer_momentum=outer_momentum, nesterov=nesterov
     )
-    return replace(_run(Identity(), data_dir, epochs, lr, batch_size), exchange=exchange)
+    return _run(exchange, data_dir, epochs, lr, batch_size)
+
+
+def local_terngrad(
+    *,
+    data_dir: Path | None = None,
+    epochs: int = 10,
+    lr: float = 0.01,
+    batch_size: int = 64,
+    every: int = 8,
+) -> Run:
+    """Local steps; what they came to travels as coded ternaries, and what was lost is sent later."""
+    codec = ErrorFeedback(inner=Entropy(inner=TernGrad()))
+    exchange = ModelAverage(every=every, codec=codec)
+    return _run(exchange, data_dir, epochs, lr, batch_size)
 
 
 def slim_dp(
@@ -134,14 +164,14 @@ def slim_dp(
         explorer_ratio=explorer_ratio,
         refresh_every=refresh_every,
     )
-    return replace(_run(Identity(), data_dir, epochs, lr, batch_size), exchange=exchange)
+    return _run(exchange, data_dir, epochs, lr, batch_size)
 
 
 def lenet(
     *, data_dir: Path | None = None, epochs: int = 10, lr: float = 0.01, batch_size: int = 64
 ) -> Run:
     """One worker, nothing exchanged: the network by itself."""
-    return replace(_run(Identity(), data_dir, epochs, lr, batch_size), exchange=Local())
+    return _run(Local(), data_dir, epochs, lr, batch_size)
 
 
 def _server(
@@ -152,7 +182,7 @@ def _server(
     momentum: float,
     server: Server,
 ) -> Run:
-    run = _run(Identity(), data_dir, epochs, lr, batch_size)
+    run = _run(AllReduce(), data_dir, epochs, lr, batch_size)
     optimizer = partial(SGD, lr=lr, momentum=momentum, weight_decay=5e-4)
     return replace(run, server=server, optimizer=optimizer)
 

@@ -36,12 +36,16 @@ AXIS_LABELS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Measure:
-    """What a chart shows upwards: ``key`` for the page, a title in words, and a factor and unit."""
+    """What a chart shows upwards: ``key`` for the page, a title in words, and a factor and unit.
+
+    ``from_start``: whether the value before training stretches the vertical axis.
+    """
 
     key: str
     title: str
     factor: float = 1.0
     unit: str = ""
+    from_start: bool = False
 
 
 def available(curves: Sequence[Curve], axis: str) -> bool:
@@ -84,7 +88,7 @@ def line_chart(curves: Sequence[Curve], measure: Measure, axis: str) -> str:
 def scales(curves: Sequence[Curve], measure: Measure, axis: str) -> tuple[Scale, Scale]:
     """The axes. Bits are logarithmic where they span more than 1.5 decades, losses more than 2.
 
-    The value before training (step 0) does not stretch the vertical axis.
+    The value before training (step 0) does not stretch the vertical axis, but where the measure says so.
     """
     xs = [x for curve in curves for x in curve.x[axis].tolist()]
     log = axis == "bits" and decades(xs) > 1.5
@@ -92,7 +96,8 @@ def scales(curves: Sequence[Curve], measure: Measure, axis: str) -> tuple[Scale,
     across = Scale(low=low, high=high, start=LEFT, end=RIGHT, log=log)
     ys = []
     for curve in curves:
-        trained = curve.x["step"] > 0 if len(curve.mean) > 2 else curve.x["step"] >= 0
+        late = len(curve.mean) > 2 and not measure.from_start
+        trained = curve.x["step"] > 0 if late else curve.x["step"] >= 0
         for line in (curve.low, curve.high):
             ys += [y * measure.factor for y in line[trained].tolist()]
     finite = [y for y in ys if math.isfinite(y)]

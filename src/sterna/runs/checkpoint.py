@@ -33,7 +33,12 @@ def save(folder: Path, replica: Replica, sampler: Sampler, streams: Streams, com
     Raises:
         StoreError: the disk is full or not writable; older checkpoints are untouched.
     """
-    values = {
+    return store(folder, replica.step, values_of(replica, sampler, streams, comm), comm.rank)
+
+
+def values_of(replica: Replica, sampler: Sampler, streams: Streams, comm: Comm) -> dict[str, Any]:
+    """All of a worker's state, as nested values; the tensors are not copied."""
+    return {
         "step": replica.step,
         "model": dict(replica.model.state_dict()),
         "optimizer": replica.optimizer.state_dict(),
@@ -44,7 +49,6 @@ def save(folder: Path, replica: Replica, sampler: Sampler, streams: Streams, com
         "global_rng": torch.get_rng_state(),
         "ledger": asdict(comm.ledger.spent()),
     }
-    return store(folder, replica.step, values, comm.rank)
 
 
 def store(folder: Path, step: int, values: Mapping[str, Any], rank: int = 0) -> Path:
@@ -105,7 +109,7 @@ def _load(path: Path) -> dict[str, Any]:
     return values
 
 
-def load_replica(path: Path, replica: Replica, values: Mapping[str, Any]) -> None:
+def load_replica(path: Path | str, replica: Replica, values: Mapping[str, Any]) -> None:
     """Bring model, optimizer and step back.
 
     Raises:
@@ -127,6 +131,8 @@ def forget(folder: Path, rank: int, beyond: int) -> None:
     for step in _steps(folder, rank):
         if step > beyond:
             _remove(folder, step, rank)
+    for partial in folder.glob(f"step-*/.rank-{rank}.safetensors.*.partial"):
+        partial.unlink(missing_ok=True)  # its writer was killed
 
 
 def _remove(folder: Path, step: int, rank: int) -> None:
@@ -149,6 +155,14 @@ def restore(folder: Path, replica: Replica, sampler: Sampler, streams: Streams, 
     path = _path(folder, step, comm.rank)
     values = _load(path)
     load_replica(path, replica, values)
+    load_streams(values, replica, sampler, streams, comm)
+    return True
+
+
+def load_streams(
+    values: Mapping[str, Any], replica: Replica, sampler: Sampler, streams: Streams, comm: Comm
+) -> None:
+    """Bring back what is not the replica's: sampler, generators, exchange state and ledger."""
     sampler.load_state_dict(values["sampler"])
     device = replica.gradients.buffer.device
     streams.state = {
@@ -159,7 +173,6 @@ def restore(folder: Path, replica: Replica, sampler: Sampler, streams: Streams, 
     streams.exchange.set_state(values["exchange_rng"])
     torch.set_rng_state(values["global_rng"])
     comm.ledger.reset(Spent(**values["ledger"]))
-    return True
 
 
 def _path(folder: Path, step: int, rank: int) -> Path:

@@ -14,13 +14,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from sterna.data.merit import MERITS
 from sterna.runs.estimate import Difference, Estimate, estimate, paired
 from sterna.runs.files import StoreError, read_json, write_json
-from sterna.runs.target import KEY, require_target
+from sterna.runs.target import KEY, require_judged_by_accuracy, require_target
 
 FORMAT = 1
-SCORES = {"accuracy": True, "perplexity": False, "return": True}
-"""The figures that say how good a run became, the preferred first; and whether higher is better."""
 FIGURES = (
     "loss",
     "bits_sent",
@@ -52,7 +51,7 @@ class Statistic:
         experiment: its name.
         baseline: the name of the experiment that it is compared with.
         seeds: in rising order.
-        score_name: a key of `SCORES`; None where no run reports one.
+        score_name: of the `Merit` by which the runs are judged; None where no run reports one.
         score: the score over the seeds where it is finite; None where there is none.
         difference: score minus the baseline's; None for the baseline itself and where no seed has
             both.
@@ -93,7 +92,7 @@ class Statistic:
     @property
     def higher_is_better(self) -> bool:
         """Which way the score improves."""
-        return self.score_name is None or SCORES[self.score_name]
+        return self.score_name is None or MERITS[self.score_name].higher_is_better
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +139,7 @@ def statistics(
     Raises:
         ValueError: no runs; the baseline is not among the experiments; an experiment has a seed
             twice; a run names no experiment or seed; a figure is no number; the target is no fraction,
-            or the time to it is missing.
+            the time to it is missing, or a run is not judged by accuracy.
     """
     if target_accuracy is not None:
         _require_times(summaries, target_accuracy)
@@ -312,7 +311,7 @@ def _by_experiment(summaries: Sequence[Summary]) -> dict[str, dict[int, Summary]
 
 
 def _score_name(runs: Mapping[int, Summary]) -> str | None:
-    for name in SCORES:
+    for name in MERITS:
         if any(summary.get(name) is not None for summary in runs.values()):
             return name
     return None
@@ -333,6 +332,8 @@ def _require_times(summaries: Sequence[Summary], target_accuracy: float) -> None
     except ValueError as error:
         raise ValueError(f"compare: {error}") from error
     for summary in summaries:
+        found = next((name for name in MERITS if summary.get(name) is not None), "accuracy")
+        require_judged_by_accuracy(str(summary.get("experiment")), MERITS[found])
         if KEY not in summary:
             raise ValueError(
                 f"compare: with a target accuracy each summary must have {KEY}, or null there; that of "

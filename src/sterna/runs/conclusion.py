@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from sterna.data.merit import MERITS
 from sterna.runs import figures
 from sterna.runs.compare import Comparison, Statistic, Summary, number
 
@@ -64,9 +65,12 @@ def _score(statistic: Statistic, base: Statistic, confidence: float, whose: str)
     name, found = statistic.score_name, statistic.difference
     if found is None or name is None:
         return f"{whose} score cannot be compared with that of {base.experiment}."
-    unit = " points" if name == "accuracy" else ""
-    size = f"{figures.points(abs(found.mean), name)}{unit}"
+    merit = MERITS[name]
+    size = f"{figures.points(abs(found.mean), name)}{merit.points}"
     way = "higher" if found.mean > 0 else "lower"
+    verdict = ""
+    if not merit.higher_is_better and found.mean:
+        verdict = ", so worse," if found.mean > 0 else ", so better,"
     by = f"{size} {way}" if found.mean else "the same"
     if found.low is None or found.high is None:
         return (
@@ -75,11 +79,11 @@ def _score(statistic: Statistic, base: Statistic, confidence: float, whose: str)
         )
     seeds = f"{found.num} seeds"
     if found.low == found.high:
-        return f"{whose} {name} was {by} with each of the {seeds}."
+        return f"{whose} {name} was {by}{verdict} with each of the {seeds}."
     ends = f"{figures.points(found.low, name)} to {figures.points(found.high, name)}"
     interval = f"{confidence * 100:.4g} % interval {ends}, {seeds}"
     if found.shown:
-        return f"{whose} {name} was {by} ({interval})."
+        return f"{whose} {name} was {by}{verdict.removesuffix(',')} ({interval})."
     return f"{whose} {name} was {by} ({interval}): the seeds do not show a difference."
 
 
@@ -102,7 +106,7 @@ def _target(statistic: Statistic, base: Statistic, target: float | None) -> str:
 
 def _alone(statistic: Statistic, comparison: Comparison) -> str:
     name, score, means = statistic.score_name, statistic.score, statistic.means
-    unit = " %" if name == "accuracy" else ""
+    unit = MERITS[name].unit if name is not None else ""
     if score is None or name is None:
         text = f"{statistic.experiment} reports no score"
     else:

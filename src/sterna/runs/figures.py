@@ -3,6 +3,7 @@
 A figure that is not known is a dash. Seconds keep three digits; counts are grouped by thousands.
 """
 
+from sterna.data.merit import MERITS
 from sterna.runs.estimate import Difference, Estimate
 
 MISSING = "\u2013"
@@ -73,9 +74,9 @@ def difference(value: Difference | None, name: str | None) -> str:
 
 
 def points(value: float, name: str | None, *, sign: bool = False) -> str:
-    """A score, or a difference of two; accuracy times 100."""
-    if name == "accuracy":
-        value *= 100
+    """A score, or a difference of two, times the factor of its `Merit`."""
+    if name in MERITS:
+        value *= MERITS[name].factor
     text = f"{value:+,.2f}" if sign else f"{value:,.2f}"
     if float(text.replace(",", "")) == 0:
         text = text.lstrip("+-")

@@ -26,6 +26,11 @@ def asynchronous(run: Run, request: Request) -> Run:
     setting = request.setting or Setting()
     if run.server is not None:
         admission = run.server.admission
+        if run.clip_norm is not None:
+            raise ValueError(
+                f"{request.experiment}: clip_norm is for synchronous training; got {run.clip_norm} beside a "
+                "server, whose workers shorten their gradients by Server(clip=...)."
+            )
         if isinstance(admission, Synchronous) and admission.backups >= setting.workers:
             raise ValueError(
                 f"{request.experiment}: backups must be less than the {setting.workers} workers; got "
@@ -68,7 +73,7 @@ def parts(request: Request, run: Run) -> Parts:
     if rules.admission.together((request.setting or Setting()).workers):
         schedule = ByPushes(run.schedule, pushes)
     optimizer = run.optimizer(p for p in model.parameters() if p.requires_grad)
-    replica = Replica(model, optimizer, schedule)
+    replica = Replica(model, optimizer, schedule, run.clip_norm)
     return Parts(replica, sampler, rules, Task(model, data.train, run.objective))
 
 

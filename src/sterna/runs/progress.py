@@ -8,25 +8,33 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from sterna.data.merit import Merit
+
 _INTERVAL_S = 0.1
 
 
 class Progress:
-    """Shows step, loss, accuracy, bytes so far and time left.
+    """Shows step, loss, accuracy or what else a run is judged by, bytes so far and time left.
 
     Args:
         title: name of the run.
         steps: how many there will be.
         bits_sent: gives the bits sent so far.
+        merit: by what the run is judged.
         quiet: show nothing.
     """
 
     def __init__(
-        self, title: str, steps: int, bits_sent: Callable[[], int], quiet: bool = False
+        self,
+        title: str,
+        steps: int,
+        bits_sent: Callable[[], int],
+        merit: Merit,
+        quiet: bool = False,
     ) -> None:
         self.console = Console(stderr=True, quiet=quiet)
-        self.title, self.steps, self.bits_sent = title, steps, bits_sent
-        self.accuracy: float | None = None
+        self.title, self.steps, self.bits_sent, self.merit = title, steps, bits_sent, merit
+        self.reached = ""
         self.last = 0.0
         live = self.console.is_terminal and not self.console.quiet
         self.bar = Bar(
@@ -59,8 +67,8 @@ class Progress:
             return
         self.last = time.monotonic()
         figures = [f"loss {loss:.3f}"] if loss is not None else []
-        if self.accuracy is not None:
-            figures.append(f"accuracy {self.accuracy:.2%}")
+        if self.reached:
+            figures.append(self.reached)
         sent = self.bits_sent()
         if sent:
             figures.append(f"{readable_bytes(sent / 8)} sent")
@@ -70,12 +78,12 @@ class Progress:
         """One line, above the display where there is one."""
         self.console.print(f"{self.title}  {text}", highlight=False, markup=False, soft_wrap=True)
 
-    def evaluated(self, epoch: int, loss: float, accuracy: float, bits_sent: int) -> None:
+    def evaluated(self, epoch: int, loss: float, score: float, bits_sent: int) -> None:
         """Note an evaluation; without a terminal, one line."""
-        self.accuracy = accuracy
+        self.reached = f"{self.merit.name} {self.merit.text(score).replace(' ', '')}"
         if self.bar.disable:
             self.console.print(
-                f"{self.title}  epoch {epoch}  test loss {loss:.4f}  accuracy {accuracy:.2%}  "
+                f"{self.title}  epoch {epoch}  test loss {loss:.4f}  {self.reached}  "
                 f"sent {readable_bytes(bits_sent / 8)}",
                 highlight=False,
             )

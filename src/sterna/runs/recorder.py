@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import json
+import math
 import os
 import resource
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,9 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from sterna.analysis.weight_entropy import WeightEntropy, weight_entropy
+from sterna.data.merit import MERITS
+from sterna.evaluation import Evaluation
 from sterna.ledger import Spent
 from sterna.runs.environment import environment
 from sterna.runs.files import (
@@ -28,6 +32,7 @@ from sterna.runs.files import (
 from sterna.runs.request import Request
 from sterna.runs.run import Run
 from sterna.runs.tensorboard import TensorBoard
+from sterna.seams import NotFinite
 from sterna.server.records import Landing
 
 FORMAT = 1
@@ -56,6 +61,7 @@ class Recorder:
         self.last_step = 0
         share = 1 if run.server is not None else workers
         self.batch_size = run.batch_size // share  # of one gradient
+        self._entropy: WeightEntropy | None = None
         self._rows: list[dict[str, Any]] = []
         self._pushes: list[dict[str, Any]] = []
 
@@ -173,19 +179,26 @@ class Recorder:
             append_rows(folder / "updates.jsonl", self._pushes)
             self._pushes.clear()
 
+    def look_at_weights(self) -> None:
+        """Measure the entropy of the weights as they are, for the next evaluation that is written."""
+        try:
+            self._entropy = weight_entropy(self.model)
+        except NotFinite:
+            self._entropy = None
+
     def evaluated(
         self,
         step: int,
         epoch: int,
-        loss: float,
-        accuracy: float,
+        reached: Evaluation,
         workers: Sequence[Spent],
         seconds: float,
         bits_sent: int,
         push: int | None = None,
     ) -> None:
-        """Write an evaluation, and every worker's ledger."""
+        """Write an evaluation, with the weights' entropy where it is known, and every worker's ledger."""
         self.flush()
+        merit = self.run.data.merit
         at: dict[str, Any] = {"step": step}
         if push is not None:
             at["push"] = push
@@ -193,10 +206,12 @@ class Recorder:
             "kind": "eval",
             **at,
             "epoch": epoch,
-            "loss": loss,
-            "accuracy": accuracy,
+            "loss": reached.loss,
+            "accuracy": reached.accuracy,
+            merit.name: reached.of(merit),
             "seconds": seconds,
             "bits_sent": bits_sent,
+            "entropy": None if self._entropy is None else _plain_entropy(self._entropy),
         }
         append_rows(self.request.folder / "metrics.jsonl", [evaluation])
         append_rows(
@@ -206,15 +221,17 @@ class Recorder:
                 for rank, spent in enumerate(workers)
             ],
         )
-        self.board.add(
-            step,
-            {"test/loss": loss, "test/accuracy": accuracy, "ledger/bits_sent": bits_sent},
-        )
+        scalars = {"test/loss": reached.loss, f"test/{merit.name}": reached.of(merit)}
+        if self._entropy is not None:
+            scalars["weights/bits_at_fixed_step"] = self._entropy.fixed_bits
+            scalars["weights/bits_at_relative_step"] = self._entropy.relative_bits
+        self.board.add(step, {**scalars, "ledger/bits_sent": bits_sent})
 
     def finish(
-        self, loss: float, accuracy: float, everyone: Spent, figures: Mapping[str, Any]
+        self, reached: Evaluation, everyone: Spent, figures: Mapping[str, Any]
     ) -> dict[str, Any]:
         """The summary, with the engine's own ``figures``; written beside the model by who leads."""
+        merit = self.run.data.merit
         tensors = [*self.model.parameters(), *self.model.buffers()]
         summary = {
             "experiment": self.request.experiment,
@@ -226,10 +243,8 @@ class Recorder:
             "epochs": self.run.epochs,
             "batch_size": self.batch_size,
             "steps": everyone.steps,
-            "accuracy": accuracy,
-            "perplexity": None,
-            "return": None,
-            "loss": loss,
+            **{name: reached.of(merit) if name == merit.name else None for name in MERITS},
+            "loss": reached.loss,
             "bits_sent": everyone.bits_sent,
             "bits_received": everyone.bits_received,
             "messages": everyone.messages,
@@ -265,6 +280,24 @@ class Recorder:
         self.board.close()
 
 
+def _plain_entropy(found: WeightEntropy) -> dict[str, Any]:
+    """Bits a weight with five digits: of the model, and by layer at the fixed and the relative step."""
+    return {
+        "step": found.step,
+        "relative_step": found.relative_step,
+        "fixed_bits": _short(found.fixed_bits),
+        "relative_bits": _short(found.relative_bits),
+        "layers": {
+            layer.name: [_short(layer.fixed_bits), _short(layer.relative_bits)]
+            for layer in found.layers
+        },
+    }
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.5g}")
+
+
 def resident_bytes() -> int:
     """Largest resident set of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -276,6 +309,17 @@ def plain_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
+def _lstm_flops(inputs: Any, to_gates: Any, from_units: Any, *rest: Any, **named: Any) -> int:
+    """Of one layer in one direction: a multiply-add for every weight of the gates and every word."""
+    words: int = inputs[0] * inputs[1]
+    weights: int = math.prod(to_gates) + math.prod(from_units)
+    return 2 * words * weights
+
+
+_UNKNOWN: dict[Any, Any] = {torch.ops.aten.mkldnn_rnn_layer: _lstm_flops}
+"""Operators that torch's counter leaves out."""
+
+
 def multiply_adds(model: nn.Module, example: torch.Tensor) -> int:
     """Multiply-adds of one forward pass on ``example``, shape (1, ...), counted on the operators run.
 
@@ -285,7 +329,7 @@ def multiply_adds(model: nn.Module, example: torch.Tensor) -> int:
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
     try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_UNKNOWN) as counter:
             # A copy: the counter keeps what it saw, and a view would keep the whole data set.
             model(example.to(device, copy=True))
     except RuntimeError as error:

@@ -18,11 +18,13 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from sterna.data.merit import ACCURACY, MERITS
 from sterna.runs import figures
 from sterna.runs.charts import Bar, Measure, available, bar_chart, line_chart, swatch
 from sterna.runs.compare import Comparison, Summary, compare
 from sterna.runs.conclusion import conclusion
 from sterna.runs.curves import AXES, Curve, loss_curves, score_curves
+from sterna.runs.entropy_sections import entropy_curves, entropy_section
 from sterna.runs.files import StoreError, write_whole
 from sterna.runs.reading import Finished, collect
 from sterna.runs.sections import how_made, ledger_table, workers_table
@@ -31,11 +33,10 @@ from sterna.runs.target import KEY, first_reached, stored_target
 
 _LOSS = Measure(key="loss", title="Training loss")
 _SCORES = {
-    "accuracy": Measure(key="accuracy", title="Test accuracy", factor=100, unit=" %"),
-    "perplexity": Measure(key="perplexity", title="Test perplexity"),
-    "return": Measure(key="return", title="Return"),
-    "loss": Measure(key="test-loss", title="Test loss"),
+    name: Measure(key=name, title=merit.title, factor=merit.factor, unit=merit.unit)
+    for name, merit in MERITS.items()
 }
+_TEST_LOSS = Measure(key="test-loss", title="Test loss")
 _AXIS_BUTTONS = {"step": "steps", "seconds": "seconds", "bits": "bits sent"}
 
 
@@ -73,7 +74,9 @@ def side_by_side(
 ) -> tuple[list[Finished], Comparison]:
     """The runs of some folders, and their comparison. Arguments and errors are `write_report`'s."""
     runs, compared_with = collect(folders)
-    target = stored_target(folders) if target_accuracy is None else target_accuracy
+    target = target_accuracy
+    if target is None and all(run.summary.get(ACCURACY.name) is not None for run in runs):
+        target = stored_target(folders)
     try:
         summaries = [run.summary if target is None else _timed(run, target) for run in runs]
         base = baseline or _baseline(runs, compared_with)
@@ -96,7 +99,8 @@ def report(
     order = [statistic.experiment for statistic in comparison.statistics]
     places = {experiment: place for place, experiment in enumerate(order)}
     runs = sorted(runs, key=lambda run: (places[run.experiment], run.seed))
-    drawn = _drawn(runs, comparison)
+    drawn, entropies = _drawn(runs, comparison), entropy_curves(runs)
+    entropy = entropy_section(runs, entropies, places)
     script = _asset("report.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     sections = [
@@ -107,6 +111,7 @@ def report(
         ),
         _training(drawn, places),
         _spending(comparison, places),
+        _section(*entropy) if entropy is not None else "",
         *(_section(*section) for section in server_sections(runs, places)),
         _workers(runs),
         _section("How it was made", "", how_made(runs)),
@@ -121,7 +126,7 @@ def report(
         style=_asset("report.css"),
         script=script,
         script_hash=f"sha256-{digest}",
-        curves=_data(drawn),
+        curves=_data([*drawn, *entropies]),
     )
 
 
@@ -193,14 +198,16 @@ def _differences_note(comparison: Comparison) -> str:
 
 
 def _drawn(runs: Sequence[Finished], comparison: Comparison) -> list[tuple[Measure, list[Curve]]]:
-    """What the charts show: the first kind of score that was evaluated, and the training loss."""
-    wanted = [s.score_name for s in comparison.statistics if s.score_name is not None]
+    """What the charts show: by what the runs are judged, else the test loss; and the training loss."""
+    wanted = dict.fromkeys(s.score_name for s in comparison.statistics if s.score_name is not None)
+    judged = {s.experiment: s.score_name for s in comparison.statistics}
     found = []
-    for key in dict.fromkeys([*wanted, "loss"]):
-        curves = score_curves(runs, key)
+    for key in wanted:
+        curves = [c for c in score_curves(runs, key) if judged[c.name] == key]
         if curves:
             found.append((_SCORES[key], curves))
-            break
+    if not found and (curves := score_curves(runs, "loss")):
+        found.append((_TEST_LOSS, curves))
     curves = loss_curves(runs)
     return [*found, (_LOSS, curves)] if curves else found
 

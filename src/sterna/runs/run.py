@@ -10,6 +10,7 @@ from torch import nn
 from sterna.data.examples import Dataset
 from sterna.exchange.all_reduce import AllReduce
 from sterna.objectives.cross_entropy import CrossEntropy
+from sterna.replica import require_clip_norm
 from sterna.schedules import Constant
 from sterna.seams import Exchange, Objective
 from sterna.server.server import Server
@@ -31,9 +32,12 @@ class Run:
         epochs: passes over the training examples.
         batch_size: examples per step over all workers, whose number must divide it; with a server,
             examples per push.
+        clip_norm: largest Euclidean norm of the gradient that an optimizer's step is made with: the
+            agreed one, and between two rounds of local steps each worker's own. Longer ones are shortened;
+            None: as they are. A server's workers shorten theirs by ``Server(clip=...)`` instead.
 
     Raises:
-        ValueError: a count is below 1.
+        ValueError: a count is below 1, or ``clip_norm`` is out of range.
     """
 
     data: Dataset
@@ -45,11 +49,13 @@ class Run:
     schedule: Callable[[float], float] = field(default_factory=Constant)
     epochs: int = 1
     batch_size: int = 64
+    clip_norm: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Run: {name} must be at least 1; got {getattr(self, name)}.")
+        require_clip_norm("Run", self.clip_norm)
 
     @property
     def method(self) -> str:
@@ -62,5 +68,7 @@ class Run:
         Addresses in memory, which a lambda's repr holds, are left out: they differ between workers.
         """
         agreement = "exchange" if self.server is None else "server"
-        parts = ("objective", agreement, "optimizer", "schedule", "epochs", "batch_size")
+        parts = ["objective", agreement, "optimizer", "schedule", "epochs", "batch_size"]
+        if self.clip_norm is not None:  # runs from before there was one may go on
+            parts.append("clip_norm")
         return {part: re.sub(r" at 0x[0-9a-f]+", "", repr(getattr(self, part))) for part in parts}

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from sterna.data.merit import MERITS
 from sterna.runs import charts, figures
 from sterna.runs.compare import Comparison, Statistic
 from sterna.runs.reading import Finished
@@ -173,7 +174,7 @@ def _score_rows(statistics: Sequence[Statistic]) -> list[str]:
                 "" if half is None else f" <span class=of>± {figures.points(half, name)}</span>"
             )
             cells.append(f"<td>{text}{spread}</td>")
-        unit = ' <span class="unit">%</span>' if name == "accuracy" else ""
+        unit = f' <span class="unit">{MERITS[name].unit.strip()}</span>' * bool(MERITS[name].unit)
         rows.append(f'<tr class="main"><th scope="row">{name}{unit}</th>{"".join(cells)}</tr>')
     if any(s.difference for s in statistics):
         cells = [f"<td>{_difference(s)}</td>" for s in statistics]

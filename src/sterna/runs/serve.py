@@ -103,6 +103,7 @@ class _Served:
             self.request.experiment,
             self.total,
             lambda: self.account.total().bits_sent,
+            self.run.data.merit,
             quiet=self.request.quiet,
         ) as progress:
             progress.show(self.pushes)
@@ -184,22 +185,23 @@ class _Served:
         model, data = self.replica.model, self.run.data
         if self.pushes:
             reestimate(model, data.train)
-        self.loss, self.accuracy = evaluate(model, data.test, Solo())
+        self.reached = evaluate(model, data.test, Solo())
         if not note:
             return
+        self.recorder.look_at_weights()
         workers = [ledger.spent() for ledger in self.account.workers]
         bits_sent = self.account.total().bits_sent
         self.recorder.evaluated(
             self.replica.step,
             epoch,
-            self.loss,
-            self.accuracy,
+            self.reached,
             workers,
             self.time_s,
             bits_sent,
             push=self.pushes,
         )
-        progress.evaluated(epoch, self.loss, self.accuracy, bits_sent)
+        score = self.reached.of(data.merit)
+        progress.evaluated(epoch, self.reached.loss, score, bits_sent)
 
     def _finish(self, found: Driver) -> dict[str, Any]:
         self.account.server.add(peak_memory_bytes=resident_bytes())
@@ -218,4 +220,4 @@ class _Served:
             "late": self.outcomes["late"],
             "lost": self.lost + len(found.reasons),
         }
-        return self.recorder.finish(self.loss, self.accuracy, everyone, figures)
+        return self.recorder.finish(self.reached, everyone, figures)

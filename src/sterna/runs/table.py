@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from sterna.data.merit import MERITS
 from sterna.runs import figures
 from sterna.runs.compare import Comparison, Statistic, Summary, number
 
@@ -42,20 +44,21 @@ def _to_target(statistic: Statistic) -> str:
     return time if every == 1 else f"{time} ({found.num} of {every})"
 
 
+def _score(name: str | None) -> Callable[[Statistic], str]:
+    return lambda s: figures.score(s.score if s.score_name == name else None, name)
+
+
 def _columns(statistics: Sequence[Statistic], target: float | None = None) -> list[_Column]:
-    names = {s.score_name for s in statistics if s.score_name is not None}
-    name = names.pop() if len(names) == 1 else None
-    unit = {"accuracy": "accuracy %", "perplexity": "perplexity", "return": "return"}
+    names = list(dict.fromkeys(s.score_name for s in statistics if s.score_name is not None))
+    points = {MERITS[name].points.strip() for name in names}
+    unit = points.pop() if len(points) == 1 else ""
     columns = [
         _Column(title="experiment", cell=lambda s: s.experiment, rank=0),
         _Column(title="seeds", cell=_seeds, rank=8),
+        *(_Column(title=name + MERITS[name].unit, cell=_score(name), rank=0) for name in names),
+        *([] if names else [_Column(title="score", cell=_score(None), rank=0)]),
         _Column(
-            title=unit.get(name or "", "score"),
-            cell=lambda s: figures.score(s.score, s.score_name),
-            rank=0,
-        ),
-        _Column(
-            title="difference (points)" if name == "accuracy" else "difference",
+            title=f"difference ({unit})" if unit else "difference",
             cell=lambda s: figures.difference(s.difference, s.score_name),
             rank=2 if target is None else 3,
         ),
@@ -199,9 +202,10 @@ def markdown(comparison: Comparison) -> str:
 
 
 _FIGURES: tuple[tuple[str, str, Callable[[float], str]], ...] = (
-    ("accuracy, %", "accuracy", lambda x: figures.points(x, "accuracy")),
-    ("perplexity", "perplexity", lambda x: figures.points(x, "perplexity")),
-    ("return", "return", lambda x: figures.points(x, "return")),
+    *(
+        (name + merit.unit.replace(" ", ", "), name, partial(figures.points, name=name))
+        for name, merit in MERITS.items()
+    ),
     ("test loss", "loss", figures.plain),
     ("workers", "workers", figures.count),
     ("epochs", "epochs", figures.count),

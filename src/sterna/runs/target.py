@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sterna.data.merit import ACCURACY, Merit
 from sterna.runs.files import StoreError, read_json, read_rows
 
 KEY = "seconds_to_target"
@@ -22,6 +23,19 @@ def require_target(value: float) -> float:
             f"target_accuracy must be a fraction in [0, 1], got {value!r}; 0.95 means 95 %"
         )
     return float(value)
+
+
+def require_judged_by_accuracy(experiment: str, merit: Merit) -> None:
+    """Nothing, where there is a target accuracy.
+
+    Raises:
+        ValueError: the experiment is judged by something else.
+    """
+    if merit != ACCURACY:
+        raise ValueError(
+            f"target_accuracy is for runs that are judged by accuracy; {experiment} is judged by "
+            f"{merit.name}. Leave the target out, or compare without {experiment}."
+        )
 
 
 def seconds_to_target(folder: Path, target_accuracy: float) -> float | None:

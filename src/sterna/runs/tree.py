@@ -13,8 +13,12 @@ from sterna.flat import Flat
 _TENSOR, _PAIRS, _TUPLE = "$tensor", "$pairs", "$tuple"
 
 
-def split(tree: Any) -> tuple[dict[str, Tensor], Any]:
+def split(tree: Any, *, copy: bool = True) -> tuple[dict[str, Tensor], Any]:
     """Tensors by key, and the rest as JSON values with references to them.
+
+    Args:
+        tree: the values.
+        copy: give each tensor memory of its own; safetensors refuses tensors that share memory.
 
     Raises:
         TypeError: the tree holds something that is neither tensor, number, string, None nor container.
@@ -29,8 +33,7 @@ def split(tree: Any) -> tuple[dict[str, Tensor], Any]:
 
     def visit(value: Any, path: str) -> Any:
         if isinstance(value, Tensor):
-            # A copy of its own: safetensors refuses tensors that share memory.
-            tensors[path] = value.detach().clone().contiguous()
+            tensors[path] = value.detach().clone().contiguous() if copy else value.detach()
             return {_TENSOR: path}
         if isinstance(value, dict | Flat):
             if all(isinstance(key, str) and not key.startswith("$") for key in value):

@@ -8,12 +8,13 @@ import torch
 
 from sterna.comm.agreement import agree
 from sterna.evaluation import average_buffers, evaluate
+from sterna.exchange.weights import agreed
 from sterna.flat import Layout
 from sterna.ledger import Spent, total
 from sterna.loop import Streams, fit
 from sterna.randomness import isolated
 from sterna.replica import Replica
-from sterna.runs import checkpoint
+from sterna.runs import checkpoint, survivors
 from sterna.runs.progress import Progress
 from sterna.runs.recorder import Recorder, resident_bytes
 from sterna.runs.request import Request, build
@@ -61,7 +62,9 @@ class _Worker:
             seed=request.seed,
         )
         steps = run.epochs * len(self.sampler)
-        self.replica = Replica(self.model, optimizer, lambda step: run.schedule(step / steps))
+        self.replica = Replica(
+            self.model, optimizer, lambda step: run.schedule(step / steps), run.clip_norm
+        )
         agree(comm, "the model", repr(Layout.of(dict(self.model.named_parameters()))))
         self.streams = Streams.start(self.replica, run.exchange, request.seed, comm.rank)
         self.comm, self.request, self.run, self.steps = comm, request, run, steps
@@ -72,13 +75,16 @@ class _Worker:
         """All epochs, then the summary."""
         comm, replica, request = self.comm, self.replica, self.request
         saved = request.folder / "checkpoint"
-        resumed = checkpoint.restore(saved, replica, self.sampler, self.streams, comm)
+        own = replica, self.sampler, self.streams
+        recalled = survivors.recall(comm, *own)
+        resumed = recalled or checkpoint.restore(saved, *own, comm)
         checkpoint.forget(saved, comm.rank, beyond=replica.step if resumed else -1)
         self.recorder.open(replica.step, resumed)
         with Progress(
             request.experiment,
             self.steps,
             lambda: comm.ledger.spent().bits_sent,
+            self.data.merit,
             quiet=request.quiet or not self.leads,
         ) as progress:
             progress.show(replica.step)
@@ -86,7 +92,10 @@ class _Worker:
                 self._share_start()
                 self._evaluate(progress, epoch=0)
             elif replica.step == self.steps:  # it was finished; only the summary may be missing
-                self.loss, self.accuracy = evaluate(self.model, self.data.test, comm)
+                with agreed(replica, self.streams.state):
+                    self.reached = evaluate(self.model, self.data.test, comm)
+            if not recalled:
+                survivors.keep(comm, *own)
             for record in fit(
                 replica,
                 self.data.train,
@@ -110,7 +119,10 @@ class _Worker:
                     self.recorder.flush()
                     with comm.ledger.paused():  # no worker is ahead of the others when it saves
                         comm.max_(torch.zeros(1))
-                    checkpoint.save(saved, replica, self.sampler, self.streams, comm)
+                    checkpoint.save(saved, *own, comm)
+                if survivors.is_due(comm, replica):
+                    self.recorder.flush()  # what is kept is not done again, so its rows are written
+                    survivors.keep(comm, *own)
         return self._finish()
 
     def _share_start(self) -> None:
@@ -121,11 +133,13 @@ class _Worker:
         self.streams.state = self.run.exchange.init(self.replica)  # it may keep the weights
 
     def _evaluate(self, progress: Progress, epoch: int) -> None:
-        """Test loss and accuracy, and every worker's ledger."""
+        """What was reached on the test part, and every worker's ledger."""
         if self.replica.step:
             average_buffers(self.model, self.comm)
-        loss, accuracy = evaluate(self.model, self.data.test, self.comm)
-        self.loss, self.accuracy = loss, accuracy
+        with agreed(self.replica, self.streams.state):
+            self.reached = evaluate(self.model, self.data.test, self.comm)
+            if self.leads:
+                self.recorder.look_at_weights()  # before the workers meet: nobody waits for it later
         self.comm.ledger.add(peak_memory_bytes=resident_bytes())
         workers = self._ledgers()
         if not self.leads:
@@ -133,9 +147,10 @@ class _Worker:
         seconds = workers[0].compute_s + workers[0].wait_s
         everyone = total(workers)
         self.recorder.evaluated(
-            self.replica.step, epoch, loss, accuracy, workers, seconds, everyone.bits_sent
+            self.replica.step, epoch, self.reached, workers, seconds, everyone.bits_sent
         )
-        progress.evaluated(epoch, loss, accuracy, everyone.bits_sent)
+        score = self.reached.of(self.data.merit)
+        progress.evaluated(epoch, self.reached.loss, score, everyone.bits_sent)
 
     def _ledgers(self) -> list[Spent]:
         own = torch.frombuffer(
@@ -152,4 +167,5 @@ class _Worker:
             figures["wait_s"] = 0.0
         elif self.comm.engine == "in_process":
             figures["wait_s"] = None
-        return self.recorder.finish(self.loss, self.accuracy, total(workers), figures)
+        with agreed(self.replica, self.streams.state):
+            return self.recorder.finish(self.reached, total(workers), figures)

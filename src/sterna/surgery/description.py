@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from sterna.surgery.factorise import Form, factorise
 from sterna.surgery.program import copied
 from sterna.surgery.shrink_lstm import RecurrentStack
 
@@ -32,15 +33,21 @@ class Description:
         attributes: by module, attributes that changed.
         stacks: recurrent layers that became a `RecurrentStack`, and its widths.
         replaced: blocks that went, and what stands there: ``"identity"`` or ``"relu"``.
+        factored: layers that became two of lower rank, after all else: the rank, and the form of
+            `sterna.surgery.low_rank`.
     """
 
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     attributes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     stacks: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     replaced: Mapping[str, str] = field(default_factory=dict)
+    factored: Mapping[str, tuple[int, Form]] = field(default_factory=dict)
 
     def then(self, later: "Description") -> "Description":
         """One description for two edits in a row: this one of the original, ``later`` of its result.
+
+        Raises:
+            ValueError: layers were factored first and cut or replaced later.
 
         Example:
             >>> first = Description(shapes={"a.weight": (3, 4), "b.weight": (2, 3)})
@@ -48,6 +55,12 @@ class Description:
             >>> dict(both.shapes)
             {'a.weight': (1, 4)}
         """
+
+        if self.factored and (later.shapes or later.stacks or later.replaced):
+            raise ValueError(
+                "Description.then: layers must be factored last, after units and blocks are removed; got "
+                f"{sorted(self.factored)[0]!r} factored first. Shrink, then factor."
+            )
 
         def alive(name: str) -> bool:
             return not any(name == gone or name.startswith(f"{gone}.") for gone in later.replaced)
@@ -64,6 +77,7 @@ class Description:
             attributes=attributes,
             stacks={k: v for k, v in self.stacks.items() if alive(k)} | dict(later.stacks),
             replaced={k: v for k, v in self.replaced.items() if alive(k)} | dict(later.replaced),
+            factored=dict(self.factored) | dict(later.factored),
         )
 
 
@@ -123,6 +137,14 @@ def resize(model: nn.Module, description: Description) -> nn.Module:
             setattr(module, attribute, value)
     for name in description.shapes:
         _agree(_module(model, name.rpartition(".")[0]))
+    for path, (rank, form) in description.factored.items():
+        layer = _module(model, path)
+        if not isinstance(layer, nn.Conv2d | nn.Linear):
+            raise _unfit(model, f"{path} is {type(layer).__name__}, and cannot be factored")
+        if not path:
+            model = factorise(layer, rank, form)
+        else:
+            _place(model, path, factorise(layer, rank, form))
     return model
 
 
@@ -142,6 +164,8 @@ def save(model: nn.Module, description: Description, path: Path) -> None:
             # Copies, because safetensors refuses tensors that share memory.
             tensors[name] = tensor.detach().clone().contiguous()
     plain = {"version": _VERSION, **asdict(description)}
+    if not description.factored:
+        del plain["factored"]
     save_file(tensors, path, metadata={_KEY: json.dumps(plain, sort_keys=True)})
 
 
@@ -188,6 +212,7 @@ def _read(plain: dict[str, Any]) -> Description:
         attributes=plain["attributes"],
         stacks={k: tuple(v) for k, v in plain["stacks"].items()},
         replaced=plain["replaced"],
+        factored={k: (rank, form) for k, (rank, form) in plain.get("factored", {}).items()},
     )
 
 

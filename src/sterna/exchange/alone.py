@@ -1,0 +1,39 @@
+"""One optimizer step of a worker by itself: between two rounds nothing has to lie in one buffer."""
+
+from sterna.codecs.finite import largest
+from sterna.flat import Flat, Layout
+from sterna.replica import Replica
+
+
+def step_alone(replica: Replica, who: str) -> None:
+    """Step the optimizer on this worker's own gradients.
+
+    Leaves the parameters without gradients, so that the next backward pass hands over the tensors that
+    it made instead of adding them to the replica's buffer: two passes over the gradients less.
+
+    Args:
+        replica: after its backward pass.
+        who: class name for the error.
+
+    Raises:
+        NotFinite: a gradient holds NaN or infinity; nothing is changed.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> replica = Replica(model, torch.optim.SGD(model.parameters(), lr=1.0))
+        >>> before = model.weight.clone()
+        >>> model(torch.tensor([[1.0, 2.0]])).sum().backward()
+        >>> step_alone(replica, "Example")
+        >>> (before - model.weight).tolist(), replica.step, model.weight.grad
+        ([[1.0, 2.0]], 1, None)
+    """
+    if any(p.grad is None for p in replica.parameters.values()):
+        largest(replica.gradients, who)  # zeros for what this step did not use
+    else:
+        for name, p in replica.parameters.items():
+            if p.grad is not None:
+                largest(Flat(Layout((name,), ((p.numel(),),)), p.grad.detach().reshape(-1)), who)
+    replica.update()
+    for p in replica.parameters.values():
+        p.grad = None

@@ -1,0 +1,262 @@
+"""Sparsify: train with a group lasso, take out what vanished, train what is left.
+
+    1. W <- dense weights
+    2. for some epochs:  W <- W - a grad E(W),  then for each unit g of each layer l
+       w_g <- max(0, 1 - a s m_l / ||w_g||) w_g                                          (1)
+    3. units with ||w_g|| <= v m_l are cut out of all parameters; whole residual branches likewise
+    4. for some more epochs:  W' <- W' - a grad E(W')
+
+Symbols: a learning rate (with momentum m: a / (1 - m)), s ``strength``, m_l mean length of the units of
+layer l that are not zero, taken anew at each epoch, v ``vanished``. A unit is all that must leave
+together (`sterna.procedures.structures`): a filter with its bias, batch norm and readers, a hidden unit of
+an LSTM (ISS), a channel of a residual stream over all its branches.
+
+Reference: W. Wen, C. Wu, Y. Wang, Y. Chen, H. Li, "Learning Structured Sparsity in Deep Neural
+    Networks", NIPS 2016, arXiv:1608.03665 (SSL); W. Wen et al., "Learning Intrinsic Sparse Structures
+    within Long Short-Term Memory", ICLR 2018, arXiv:1709.05027 (ISS).
+Differs from the paper: filter and reading channels are one group, not two, biases included, so that what
+    is cut changes nothing else; strengths are relative to m_l; the proximal step (1) by default, the
+    papers' slope with ``proximal=False`` (m_l then from the start); a branch is penalised by its last
+    layer; zeros are cut out, not left in place.
+Cost per step: one pass over the penalised weights. Hurts where the shape that comes out would learn as
+    well from scratch: train that shape as a control.
+"""
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sterna.objectives.algebra import Sum
+from sterna.objectives.group_lasso import GroupLasso, proximal_step
+from sterna.procedures.structures import Structures, typical
+from sterna.procedures.training import Quality, Training
+from sterna.seams import Objective
+from sterna.surgery.depth import remove_blocks
+from sterna.surgery.description import Description, Report
+from sterna.surgery.program import copied
+from sterna.surgery.shrink import shrink
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sparsified:
+    """What `sparsify` did.
+
+    Args:
+        widths: units before and after, for each group that was penalised and is still there.
+        blocks: residual blocks that went.
+        left: layers that were not penalised, with the reason.
+        parameters_before: numbers in the model's parameters, shared ones counted once.
+        parameters_after: the same in the smaller model.
+        multiply_adds_before: of one example.
+        multiply_adds_after: the same of the smaller model.
+        dense: quality of the model as it was given.
+        penalised: after the epochs with the penalty.
+        shrunk: after the cut, with batch-norm statistics taken anew.
+        finetuned: of the model that is returned.
+        epochs: passes over the training examples, both phases.
+        strength: of the penalty.
+        description: how to rebuild the smaller model; see `sterna.surgery.save`.
+    """
+
+    widths: Mapping[str, tuple[int, int]]
+    blocks: tuple[str, ...]
+    left: Mapping[str, str]
+    parameters_before: int
+    parameters_after: int
+    multiply_adds_before: int
+    multiply_adds_after: int
+    dense: Quality
+    penalised: Quality
+    shrunk: Quality
+    finetuned: Quality
+    epochs: int
+    strength: float
+    description: Description
+
+
+def sparsify(
+    model: nn.Module,
+    training: Training,
+    *,
+    strength: float,
+    epochs: int,
+    finetune_epochs: int,
+    depth: float = 0.0,
+    layers: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    factors: Sequence[tuple[str, float]] = (),
+    adaptive: float | None = None,
+    proximal: bool = True,
+    vanished: float = 0.05,
+    round_to: int = 1,
+    objective: Objective | None = None,
+    rate: float = 1.0,
+    finetune_rate: float = 1.0,
+) -> tuple[nn.Module, Sparsified]:
+    """A smaller copy of a trained model; the model is not changed.
+
+    Args:
+        model: dense, trained, of any kind that `sterna.surgery.shrink` takes.
+        training: data, optimizer and seed of both phases.
+        strength: s, at least 0.
+        epochs: with the penalty, at least 1.
+        finetune_epochs: after the cut, at least 0.
+        depth: the same as ``strength`` for whole residual branches, at least 0.
+        layers: `fnmatch` patterns of the groups and blocks that are penalised.
+        exclude: patterns of those that are not.
+        factors: pairs (pattern, factor of the strength) by group or block; the first that fits counts.
+        adaptive: let the penalty of a unit fall with its length: e in (4) of `GroupLasso`, in mean
+            lengths. None: all units of a layer alike.
+        proximal: the step (1); otherwise the penalty is added to the loss.
+        vanished: v, in [0, 1).
+        round_to: widths are rounded up to multiples of it; 8 or 16 are fast.
+        objective: of the epochs with the penalty, to add to; by default the training's own.
+        rate: factor of the learning rate while the penalty acts.
+        finetune_rate: factor of the learning rate after the cut.
+
+    Returns:
+        The smaller model, and what was done. Warns if nothing was removed, and if a layer would have
+        lost all of its units, of which one is kept.
+
+    Raises:
+        Refused: the model cannot be traced, or nothing in it can shrink.
+        ValueError: an argument is out of range, or a pattern fits nothing.
+        NotFinite: training diverged.
+
+    Example:
+        >>> from functools import partial
+        >>> import torch
+        >>> from sterna.data import Dataset, Examples
+        >>> points = Examples(torch.eye(4).repeat(8, 1), torch.arange(4).repeat(8))
+        >>> sgd = partial(torch.optim.SGD, lr=1.0)
+        >>> training = Training(data=Dataset("toy", points, points, 4), optimizer=sgd, batch_size=8)
+        >>> model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 4))
+        >>> training.fit(model, 10)
+        >>> small, report = sparsify(model, training, strength=0.02, epochs=20, finetune_epochs=5)
+        >>> report.widths["0"][1] < 32, report.finetuned.accuracy
+        (True, 1.0)
+    """
+    _check(strength, depth, epochs, finetune_epochs, vanished)
+    small, example = copied(model).to(training.device), training.example
+    found = Structures.of(small, example, layers=layers, exclude=exclude, depth=depth > 0)
+    if depth > 0 and not found.branches:
+        raise ValueError(
+            f"sparsify: depth must be 0 for {type(model).__name__}: no residual block that layers and "
+            f"exclude leave in passes its input on when its last layer is zero; got {depth!r}."
+        )
+    dense = training.judge(small)
+
+    def lassos() -> list[GroupLasso]:
+        return found.penalties(small, strength, depth, factors, adaptive)
+
+    inner = objective or training.objective
+    if proximal:
+        penalties, an_epoch = lassos(), len(training.data.train) // training.batch_size
+        steps = training.steps(small, epochs, inner, phase="sparsify", rate=rate)
+        for k, moved in enumerate(steps, 1):
+            for lasso in penalties:
+                proximal_step(small, lasso, moved)
+            if k % an_epoch == 0:
+                penalties = lassos()
+    else:
+        training.fit(small, epochs, Sum((inner, *lassos())), phase="sparsify", rate=rate)
+    penalised = training.judge(small)
+
+    edits = _cut(small, found, vanished, round_to, example)
+    small = edits[-1][0] if edits else small
+    if not any(report.widths or report.replaced for _, report in edits):
+        warnings.warn(
+            f"sparsify: nothing was removed: no unit fell below vanished={vanished!r} of its layer's mean "
+            f"length. Raise strength ({strength!r}) or epochs ({epochs}), or lower round_to ({round_to}).",
+            stacklevel=2,
+        )
+    training.settle(small)
+    shrunk = training.judge(small)
+    training.fit(small, finetune_epochs, phase="finetune", rate=finetune_rate)
+
+    description = Description()
+    for _, report in edits:
+        description = description.then(report.description)
+    widths = {name: two for _, report in edits for name, two in report.widths.items()}
+    sizes = {name: len(norms) for name, norms in found.norms(model).items()}
+    return small.train(model.training), Sparsified(
+        widths={name: widths.get(name, (size, size)) for name, size in sizes.items()},
+        blocks=tuple(name for _, report in edits for name in report.replaced),
+        left=found.left,
+        parameters_before=_count(model),
+        parameters_after=_count(small),
+        multiply_adds_before=found.multiply_adds,
+        multiply_adds_after=edits[-1][1].multiply_adds_after if edits else found.multiply_adds,
+        dense=dense,
+        penalised=penalised,
+        shrunk=shrunk,
+        finetuned=training.judge(small),
+        epochs=epochs + finetune_epochs,
+        strength=strength,
+        description=description,
+    )
+
+
+def front(
+    model: nn.Module, training: Training, *, strengths: Sequence[float], **options: Any
+) -> Iterator[tuple[nn.Module, Sparsified]]:
+    """The results of `sparsify` from weak to strong, each from the same dense model.
+
+    Args:
+        model: dense, trained; not changed.
+        training: of every phase.
+        strengths: to try; they are sorted.
+        **options: the other arguments of `sparsify`.
+    """
+    for strength in sorted(strengths):
+        yield sparsify(model, training, strength=strength, **options)
+
+
+def _cut(
+    model: nn.Module, found: Structures, vanished: float, round_to: int, example: Tensor
+) -> list[tuple[nn.Module, Report]]:
+    """The edits that take out what vanished: blocks, then units; the first changes ``model``."""
+    edits: list[tuple[nn.Module, Report]] = []
+    lengths = found.branch_lengths(model)
+    limit = vanished * typical(torch.tensor(list(lengths.values())))
+    gone = [name for name, length in lengths.items() if length <= limit]
+    units = found.norms(model)
+    if gone:
+        for name in gone:
+            for part in found.branches[name]:
+                model.get_parameter(part.parameter).detach().zero_()
+        edits.append(remove_blocks(model, example))
+        model = edits[-1][0]
+        left = Structures.of(model, example).norms(model)
+        units = {name: norms for name, norms in left.items() if name in units}
+    keep = {name: norms > vanished * typical(norms) for name, norms in units.items()}
+    keep = {name: alive for name, alive in keep.items() if not alive.all()}
+    if keep:
+        edits.append(shrink(model, example, keep, round_to=round_to))
+    return edits
+
+
+def _count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def _check(
+    strength: float, depth: float, epochs: int, finetune_epochs: int, vanished: float
+) -> None:
+    for name, value in (("strength", strength), ("depth", depth)):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"sparsify: {name} must be at least 0 and finite; got {value!r}.")
+    if not strength + depth > 0:
+        raise ValueError(
+            "sparsify: strength or depth must be above 0, or nothing would be penalised; got 0 for both."
+        )
+    for name, count, least in (("epochs", epochs, 1), ("finetune_epochs", finetune_epochs, 0)):
+        if count < least:
+            raise ValueError(f"sparsify: {name} must be at least {least}; got {count}.")
+    if not 0 <= vanished < 1:
+        raise ValueError(f"sparsify: vanished must lie in [0, 1); got {vanished!r}.")

@@ -1,0 +1,365 @@
+"""From a trained model to a smaller one on disk: try, choose, judge once, export, time, report.
+
+    candidates  ->  accuracy on validation examples that no phase trained on, seconds in one run
+    chosen      =   the fastest (of ternary ones the smallest) within ``keep_accuracy`` points
+    test        ->  the dense model and the chosen one, once
+
+The folder holds the smaller model, ``model.onnx``, ``timing.json``, ``candidates.json``,
+``compress.json`` (one flat object, the stable face for other programs) and ``report.html``. Where no
+candidate keeps the accuracy there is no model, and all the rest says how far it came.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+import sterna
+from sterna.data import Dataset, Examples
+from sterna.data.split import stratified
+from sterna.export.onnx import onnx_bytes, require_packages, to_onnx
+from sterna.export.runtime import ExportError
+from sterna.export.timing import Engine, Timing, Timings, time_models
+from sterna.randomness import generator
+from sterna.runs.compressors import Candidate, Compressor, control_of, stored_bits
+from sterna.runs.files import StoreError, write_json, write_whole
+from sterna.runs.kept import Layer, kept_by_layer
+from sterna.runs.recorder import multiply_adds
+from sterna.runs.subject import ORIGINAL, Subject
+
+FORMAT = 1
+DENSE = "dense"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tried:
+    """A candidate with its figures, plain enough for a file.
+
+    Args:
+        label: what made it.
+        accuracy: on the validation part.
+        parameters: in numbers.
+        multiply_adds: of one example.
+        bits: of the stored weights.
+        seconds: of one batch, median; None where it could not be timed.
+        fastest: the least seconds of one batch.
+        ratio: how many times faster than the dense model.
+        keeps: whether it keeps the accuracy and removes anything.
+        notes: what the library warned of.
+    """
+
+    label: str
+    accuracy: float
+    parameters: int
+    multiply_adds: int
+    bits: int
+    seconds: float | None
+    fastest: float | None
+    ratio: float | None
+    keeps: bool
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What came out.
+
+    Args:
+        summary: ``compress.json``.
+        tried: every candidate, from the least compressed to the most.
+        layers: of the original, and what is left of each; empty where nothing was chosen.
+        timings: of the dense model and the chosen one.
+        by_size: whether storage is what is gained.
+        cautions: what else should be known.
+    """
+
+    summary: Mapping[str, Any]
+    tried: tuple[Tried, ...]
+    layers: tuple[Layer, ...]
+    timings: Timings | None
+    by_size: bool
+    cautions: tuple[str, ...]
+
+    @property
+    def met(self) -> bool:
+        """Whether a candidate kept the accuracy."""
+        return bool(self.summary["met"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """How models are timed.
+
+    Args:
+        batch: examples in a call.
+        threads: threads inside an operator.
+        engines: of the last timing; candidates are timed in the first of them that runs them.
+        rounds: samples of each.
+    """
+
+    batch: int = 64
+    threads: int = 1
+    engines: tuple[Engine, ...] = ("onnxruntime", "eager")
+    rounds: int = 31
+
+
+def compress(
+    subject: Subject,
+    compressor: Compressor,
+    folder: Path,
+    *,
+    keep_accuracy: float,
+    validate_on: Literal["test", "train"] = "test",
+    validation: float | None = None,
+    bench: Bench | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Outcome:
+    """Compress a trained model, and write what came out into a folder.
+
+    Args:
+        subject: the model, its data and training.
+        compressor: the way to compress.
+        folder: new, or without a ``compress.json``.
+        keep_accuracy: percentage points of validation accuracy that may be lost, at least 0.
+        validate_on: the part that the examples are cut out of on which candidates are judged. Of the
+            test part, the rest is what is reported in the end, and no model has seen either; of the
+            training part, the dense model has.
+        validation: share of that part, in (0, 1); by default 0.5 of test, 0.1 of train.
+        bench: how models are timed.
+        say: told a line when a candidate is done.
+
+    Returns:
+        What came out. If no candidate keeps the accuracy, the folder has all but the model.
+
+    Raises:
+        StoreError: the folder holds a compressed model already or cannot be written; the data is not
+            judged by accuracy.
+        ModuleNotFoundError: the extra ``export`` is not installed.
+        Refused: nothing in the model can shrink.
+        ValueError: an argument is out of range, or the method does not fit the model.
+    """
+    start, bench = time.perf_counter(), bench or Bench()
+    _check(subject, folder, keep_accuracy)
+    require_packages()
+    data, test = _parts(subject, validate_on, validation)
+    training = replace(subject.training, data=data)
+    dense, example = control_of(subject.model), subject.example
+    cautions = []
+    try:
+        onnx_dense: int | None = len(onnx_bytes(dense, example))
+    except ExportError as error:
+        onnx_dense = None
+        cautions.append(f"{error} There is no model.onnx, and times are torch's.")
+    reached = training.judge(dense).accuracy
+    least = reached - keep_accuracy / 100 - 1e-9
+    say(f"dense: {_percent(reached)} on {len(training.data.test)} validation examples")
+    candidates: list[Candidate] = []
+    misses = 0
+    for candidate in compressor.candidates(dense, training):
+        candidates.append(candidate)
+        left = sum(p.numel() for p in candidate.model.parameters()) / _count(dense)
+        say(f"{candidate.label}: {_percent(candidate.accuracy)}, {left:.1%} of the parameters")
+        misses = 0 if candidate.accuracy >= least else misses + 1
+        if misses == 2 and not compressor.by_size:
+            say("two in a row lose too much: what is more compressed is not tried")
+            break
+    models = {c.label: c.model for c in candidates if c.changed}
+    timed = _seconds(dense, models, example, bench)
+    tried = tuple(_tried(c, example[:1], timed.get(c.label), least) for c in candidates)
+    best = _chosen(tried, compressor.by_size)
+    chosen = None if best is None else candidates[tried.index(best)]
+    summary: dict[str, Any] = {
+        "format": FORMAT,
+        "sterna": sterna.__version__,
+        "source": subject.name,
+        "method": repr(compressor),
+        "data": subject.data.name,
+        "seed": subject.training.seed,
+        "met": best is not None,
+        "keep_accuracy": keep_accuracy,
+        "candidate": best.label if best else None,
+        "candidates": len(tried),
+        "validate_on": validate_on,
+        "validation_examples": len(data.test),
+        "test_examples": len(test),
+        "validation_accuracy_dense": reached,
+        "validation_accuracy": best.accuracy if best else None,
+        "parameters_dense": _count(dense),
+        "parameters": best.parameters if best else None,
+        "multiply_adds_dense": multiply_adds(dense, example[:1]),
+        "multiply_adds": best.multiply_adds if best else None,
+        "model_bits_dense": stored_bits(dense),
+        "model_bits": best.bits if best else None,
+        "onnx_bytes_dense": onnx_dense,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    layers: tuple[Layer, ...] = ()
+    timings = None
+    if chosen is not None and best is not None:
+        judged = replace(training, data=replace(data, test=test))
+        summary["accuracy_dense"] = judged.judge(dense).accuracy
+        summary["accuracy"] = judged.judge(chosen.model).accuracy
+        layers = kept_by_layer(dense, chosen.model, example[:1])
+        both = {DENSE: dense, "compressed": chosen.model}
+        timings = time_models(both, example, **_options(bench, bench.engines, bench.rounds))
+        write_json(folder / ORIGINAL, subject.original)
+        write_whole(folder / "model.safetensors", chosen.write)
+        if onnx_dense is not None:
+            exported = to_onnx(chosen.model, example, folder / "model.onnx")
+            summary["onnx_bytes"] = exported.bytes
+            summary["onnx_difference"] = exported.largest_difference
+        row = next((r for r in timings.rows if r.model == "compressed" and r.seconds), None)
+        if row is not None:
+            summary |= {
+                "engine": row.engine,
+                "batch": bench.batch,
+                "threads": bench.threads,
+                "seconds_dense": timings.of(DENSE, row.engine).seconds,
+                "seconds": row.seconds,
+                "times_faster": row.ratio,
+            }
+        write_json(folder / "timing.json", timings.as_json())
+    summary["wall_s"] = time.perf_counter() - start
+    outcome = Outcome(
+        summary=summary,
+        tried=tried,
+        layers=layers,
+        timings=timings,
+        by_size=compressor.by_size,
+        cautions=tuple(cautions),
+    )
+    write_json(folder / "candidates.json", {"candidates": [vars(t) for t in tried]})
+    from sterna.runs.compressed_report import page
+
+    text = page(outcome)
+    write_whole(folder / "report.html", lambda beside: _write(beside, text))
+    write_json(folder / "compress.json", summary)  # last: it says that the rest is whole
+    return outcome
+
+
+def best_reached(outcome: Outcome) -> str:
+    """One sentence for a target that was not met: the candidate that came nearest."""
+    summary = outcome.summary
+    kept = (
+        f"{summary['keep_accuracy']:g} points of {_percent(summary['validation_accuracy_dense'])}"
+    )
+    real = [t for t in outcome.tried if t.multiply_adds < summary["multiply_adds_dense"]]
+    real = real or [t for t in outcome.tried if t.bits < summary["model_bits_dense"]]
+    if not real:
+        return (
+            f"No candidate removed anything, so nothing is within {kept}; raise --strength or --epochs, or "
+            "lower --multiple-of."
+        )
+    nearest = max(real, key=lambda t: t.accuracy)
+    lost = 100 * (summary["validation_accuracy_dense"] - nearest.accuracy)
+    return (
+        f"No candidate stays within {kept} on the validation examples. The nearest, {nearest.label}, has "
+        f"{_percent(nearest.accuracy)}, {lost:.2f} points less. Allow more with --keep-accuracy, or train "
+        "longer with --finetune-epochs."
+    )
+
+
+def _tried(
+    candidate: Candidate, example: torch.Tensor, timing: Timing | None, least: float
+) -> Tried:
+    return Tried(
+        label=candidate.label,
+        accuracy=candidate.accuracy,
+        parameters=_count(candidate.model),
+        multiply_adds=multiply_adds(candidate.model, example),
+        bits=candidate.bits,
+        seconds=timing.seconds if timing else None,
+        fastest=timing.fastest if timing else None,
+        ratio=timing.ratio if timing else None,
+        keeps=candidate.changed and candidate.accuracy >= least,
+        notes=candidate.notes,
+    )
+
+
+def _chosen(tried: Sequence[Tried], by_size: bool) -> Tried | None:
+    """The smallest in storage, or of the fastest (to a tenth: the clock says no more) the least work."""
+    able = [t for t in tried if t.keeps]
+    if by_size:
+        return min(able, key=lambda t: (t.bits, -t.accuracy), default=None)
+    timed = [t for t in able if t.seconds is not None and t.fastest is not None]
+    quick = able
+    if timed:
+        middle = 1.1 * min(t.seconds or 0.0 for t in timed)
+        least = 1.1 * min(t.fastest or 0.0 for t in timed)
+        quick = [t for t in timed if (t.seconds or 0) <= middle or (t.fastest or 0) <= least]
+    return min(quick, key=lambda t: t.multiply_adds, default=None)
+
+
+def _seconds(
+    dense: nn.Module, models: Mapping[str, nn.Module], example: torch.Tensor, bench: Bench
+) -> dict[str, Timing]:
+    """All candidates beside the dense model, in the first engine that runs every one of them."""
+    if not models:
+        return {}
+    rows: dict[str, Timing] = {}
+    for engine in bench.engines:
+        found = time_models(
+            {DENSE: dense, **models},
+            example,
+            **_options(bench, (engine,), max(3, bench.rounds // 2)),
+        )
+        rows = {row.model: row for row in found.rows}
+        if all(row.seconds is not None for row in rows.values()):
+            break
+    return rows
+
+
+def _options(bench: Bench, engines: tuple[Engine, ...], rounds: int) -> dict[str, Any]:
+    return {"batch": bench.batch, "threads": bench.threads, "engines": engines, "rounds": rounds}
+
+
+def _parts(
+    subject: Subject, on: Literal["test", "train"], share: float | None
+) -> tuple[Dataset, Examples]:
+    """Data to train on and to choose by, and the examples for the end."""
+    data, seed = subject.data, subject.training.seed
+    share = {"test": 0.5, "train": 0.1}[on] if share is None else share
+    if on == "train":
+        return data.validation_split(share, seed), data.test
+    count = round(share * len(data.test))
+    if not 0 < share < 1 or not 0 < count < len(data.test):
+        raise ValueError(
+            f"compress: validation must be a share in (0, 1) that leaves at least one of the "
+            f"{len(data.test)} test examples on either side; got {share!r}."
+        )
+    rest, cut = stratified(data.test.targets.cpu(), count, generator(seed, "validation"))
+    parts = [Examples(data.test.inputs[part], data.test.targets[part]) for part in (cut, rest)]
+    return replace(data, test=parts[0]), parts[1]
+
+
+def _check(subject: Subject, folder: Path, keep_accuracy: float) -> None:
+    if not 0 <= keep_accuracy < 100:
+        raise ValueError(
+            f"compress: keep_accuracy must be points in [0, 100), such as 0.5; got {keep_accuracy!r}."
+        )
+    if (folder / "compress.json").exists() or (folder / "run.json").exists():
+        raise StoreError(
+            f"{folder} holds a run or a compressed model already; choose another --out."
+        )
+    merit = getattr(subject.data, "merit", None)
+    if merit is not None and merit.name != "accuracy":
+        raise StoreError(
+            f"{subject.data.name} is judged by {merit.name}, and sterna compress keeps an accuracy. Use "
+            "sterna.procedures.sparsify on it in Python."
+        )
+
+
+def _count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.2f} %"
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")

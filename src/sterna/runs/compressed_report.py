@@ -1,0 +1,372 @@
+"""One self-contained page on a compressed model: what was kept, removed where, tried, and timed.
+
+It has the style of `sterna.runs.report`, holds no script, and asks for nothing from anywhere.
+"""
+
+import base64
+import hashlib
+from collections.abc import Callable, Sequence
+from html import escape
+from importlib.resources import files
+from string import Template
+from typing import TYPE_CHECKING, Any
+
+from sterna.export.timing import TITLES, Timings
+from sterna.runs import figures
+from sterna.runs.charts import BOTTOM, HEIGHT, LEFT, MARKERS, RIGHT, TOP, WIDTH, Bar, bar_chart
+from sterna.runs.scales import Scale, around
+
+if TYPE_CHECKING:
+    from sterna.runs.compress import Outcome, Tried
+    from sterna.runs.kept import Layer
+
+_MOST_BARS = 16
+_KEPT, _OTHER = 2, 0  # places of colours
+
+
+def page(outcome: "Outcome") -> str:
+    """The page of one `sterna compress`."""
+    summary, met = outcome.summary, outcome.met
+    empty = base64.b64encode(hashlib.sha256(b"").digest()).decode()
+    sections = [
+        _section("What it comes to", "", _ledger(summary)) if met else "",
+        _section(
+            "What was removed where",
+            "By layer of the original: filled is what is left, hatched what is gone.",
+            _picture(outcome.layers),
+        ),
+        _section("What was tried", _tried_note(outcome), _tried(outcome)),
+        _timed(outcome.timings),
+        _section("How it was made", "", _made(summary)),
+    ]
+    return Template(_asset("report.html")).substitute(
+        title=escape(f"{summary['source']}, compressed"),
+        eyebrow=escape(f"Sterna \u00b7 compress \u00b7 {summary['data']}"),
+        lead="".join(f'<p class="lead">{escape(text)}</p>' for text in conclusion(outcome)),
+        cautions=_cautions(outcome),
+        sections="\n".join(section for section in sections if section),
+        footnotes=f"<p>{escape(_footnote(summary))}</p>",
+        style=_asset("report.css"),
+        script="",
+        script_hash=f"sha256-{empty}",
+        curves="{}",
+    )
+
+
+def conclusion(outcome: "Outcome") -> list[str]:
+    """Sentences for the head of the page and the terminal."""
+    s = outcome.summary
+    if not outcome.met:
+        from sterna.runs.compress import best_reached
+
+        return [best_reached(outcome)]
+    lost = 100 * (s["accuracy_dense"] - s["accuracy"])
+    change = (
+        f"{abs(lost):.2f} points {'less' if lost > 0 else 'more'} than" if lost else "as much as"
+    )
+    found = [
+        f"Test accuracy {_percent(s['accuracy'])}, {change} the dense model's "
+        f"{_percent(s['accuracy_dense'])}, with {_share(s['parameters'], s['parameters_dense'])} of the "
+        f"parameters, {_share(s['multiply_adds'], s['multiply_adds_dense'])} of the multiply-adds and "
+        f"{_share(s['model_bits'], s['model_bits_dense'])} of the storage."
+    ]
+    if s.get("times_faster"):
+        threads = "one thread" if s["threads"] == 1 else f"{s['threads']} threads"
+        found.append(
+            f"{s['times_faster']:.2f} times as fast in {_engine(s['engine'])} at batch {s['batch']} on "
+            f"{threads}: {_ms(s['seconds'])} ms instead of {_ms(s['seconds_dense'])} ms."
+        )
+    return found
+
+
+_Column = tuple[str, Callable[[Any], str], Callable[["Tried"], str]]
+_COLUMNS: tuple[_Column, ...] = (
+    ("candidate", lambda s: "dense", lambda t: t.label),
+    (
+        "validation %",
+        lambda s: figures.points(s["validation_accuracy_dense"], "accuracy"),
+        lambda t: figures.points(t.accuracy, "accuracy"),
+    ),
+    (
+        "parameters",
+        lambda s: figures.count(s["parameters_dense"]),
+        lambda t: figures.count(t.parameters),
+    ),
+    (
+        "multiply-adds",
+        lambda s: figures.count(s["multiply_adds_dense"]),
+        lambda t: figures.count(t.multiply_adds),
+    ),
+    ("Mbit", lambda s: figures.megabits(s["model_bits_dense"]), lambda t: figures.megabits(t.bits)),
+    (
+        "ms a batch",
+        lambda s: "",
+        lambda t: figures.MISSING if t.seconds is None else _ms(t.seconds),
+    ),
+    ("times faster", lambda s: "", lambda t: figures.ratio(t.ratio)),
+)
+
+
+def _columns(outcome: "Outcome") -> list[_Column]:
+    """Storage is shown where it is what was gained, else milliseconds."""
+    hidden = "ms a batch" if outcome.by_size else "Mbit"
+    return [column for column in _COLUMNS if column[0] != hidden]
+
+
+def titles(outcome: "Outcome") -> list[str]:
+    """Headings of `table`."""
+    return [*(title for title, _, _ in _columns(outcome)), ""]
+
+
+def table(outcome: "Outcome") -> list[list[str]]:
+    """The dense model and every candidate, as written cells."""
+    s, columns = outcome.summary, _columns(outcome)
+    rows = [[*(dense(s) for _, dense, _ in columns), ""]]
+    for t in outcome.tried:
+        word = "chosen" if t.label == s["candidate"] else "" if t.keeps else _why_not(t, s)
+        rows.append([*(cell(t) for _, _, cell in columns), word])
+    return rows
+
+
+def _why_not(tried: "Tried", summary: Any) -> str:
+    least = summary["validation_accuracy_dense"] - summary["keep_accuracy"] / 100
+    return "too low" if tried.accuracy < least - 1e-9 else "no change"
+
+
+def _footnote(s: Any) -> str:
+    if s["validate_on"] == "test":
+        return (
+            f"The test examples were cut in two, class by class: {s['validation_examples']} to choose by, "
+            f"and {s['test_examples']} that were looked at once, at the end. No model was trained on either."
+        )
+    return (
+        "Candidates are judged on training examples that no phase of the compression used; the dense model "
+        "has seen them, which makes the target harder to meet. The test examples were looked at once."
+    )
+
+
+def _tried_note(outcome: "Outcome") -> str:
+    s = outcome.summary
+    return (
+        f"Validation accuracy on {s['validation_examples']} examples; the target was to lose at most "
+        f"{s['keep_accuracy']:g} points. Times are of one interleaved run."
+    )
+
+
+def _tried(outcome: "Outcome") -> str:
+    head = "".join(f'<th scope="col">{escape(title)}</th>' for title in titles(outcome))
+    body = ""
+    for cells in table(outcome):
+        mark = ' class="main"' if cells[-1] == "chosen" else ""
+        inner = "".join(f"<td>{escape(cell)}</td>" for cell in cells[1:])
+        body += f'<tr{mark}><th scope="row">{escape(cells[0])}</th>{inner}</tr>'
+    scroll = 'class="scroll" tabindex="0" role="region" aria-label="Candidates"'
+    listed = (
+        f'<div {scroll}><table class="workers"><thead><tr>{head}</tr></thead><tbody>{body}</tbody>'
+        "</table></div>"
+    )
+    return listed + _front(outcome)
+
+
+def _front(outcome: "Outcome") -> str:
+    """Accuracy against speed, with the target as a line."""
+    s = outcome.summary
+    points = [(t.ratio, 100 * t.accuracy, t) for t in outcome.tried if t.ratio is not None]
+    if len(points) < 2:
+        return ""
+    dense, least = 100 * s["validation_accuracy_dense"], 100 * s["validation_accuracy_dense"]
+    least -= s["keep_accuracy"]
+    low, high = around([1.0, *(x for x, _, _ in points)], zero=True)
+    across = Scale(low=low, high=high, start=LEFT, end=RIGHT)
+    low, high = around([dense, least, *(y for _, y, _ in points)])
+    up = Scale(low=low, high=min(high, 100.2), start=BOTTOM, end=TOP)
+    parts = [
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-labelledby="front-t front-d">',
+        '<title id="front-t">Validation accuracy against speed</title>',
+        f'<desc id="front-d">{escape("; ".join(f"{t.label}: {y:.2f} %, {x:.2f}x" for x, y, t in points))}'
+        '.</desc><g class="grid">',
+        *(
+            f'<line x1="{LEFT}" x2="{RIGHT}" y1="{up(t):.1f}" y2="{up(t):.1f}"/>'
+            for t in up.ticks()
+        ),
+        '</g><g class="ticks">',
+        *(
+            f'<text x="{LEFT - 10}" y="{up(t):.1f}" dy=".34em" text-anchor="end">{t:g}</text>'
+            for t in up.ticks()
+        ),
+        *(
+            f'<text x="{across(t):.1f}" y="{BOTTOM + 24}" text-anchor="middle">{t:g}x</text>'
+            for t in across.ticks()
+        ),
+        f'</g><line class="base" x1="{LEFT}" x2="{RIGHT}" y1="{BOTTOM}" y2="{BOTTOM}"/>',
+        f'<line class="base" stroke-dasharray="4 4" x1="{LEFT}" x2="{RIGHT}" y1="{up(least):.1f}" '
+        f'y2="{up(least):.1f}"/>',
+        f'<text x="{LEFT + 4}" y="{up(least) + 16:.1f}">target</text>',
+        f'<text x="{RIGHT}" y="{HEIGHT - 10}" text-anchor="end">times faster than the dense model</text>',
+        _mark(across(1.0), up(dense), _OTHER, 0, "dense"),
+    ]
+    for x, y, t in points:
+        place = _KEPT if t.label == s["candidate"] else 1
+        parts.append(_mark(across(x), up(y), place, place, f"{t.label}: {y:.2f} %, {x:.2f}x"))
+    legend = "".join(
+        f'<li><svg class="swatch s{place}" viewBox="0 0 34 12" aria-hidden="true"><g class="marks">'
+        f'<path d="{MARKERS[shape]}" transform="translate(17 6)"/></g></svg>{name}</li>'
+        for place, shape, name in (
+            (_OTHER, 0, "dense"),
+            (1, 1, "candidate"),
+            (_KEPT, _KEPT, "chosen"),
+        )
+        if name != "chosen" or outcome.met
+    )
+    return (
+        '<div class="pair" style="margin-top:36px"><figure><figcaption>Validation accuracy, %<span>, '
+        f"against speed</span></figcaption>{''.join(parts)}</svg></figure>"
+        f'<ul class="legend">{legend}</ul></div>'
+    )
+
+
+def _mark(x: float, y: float, place: int, shape: int, title: str) -> str:
+    return (
+        f'<g class="s{place} marks"><path d="{MARKERS[shape]}" transform="translate({x:.1f} {y:.1f}) '
+        f'scale(1.3)"><title>{escape(title)}</title></path></g>'
+    )
+
+
+def _picture(layers: Sequence["Layer"]) -> str:
+    if not layers:
+        return ""
+    shown = ""
+    for key, title, before, after in (
+        ("parameters", "Parameters", "parameters_before", "parameters_after"),
+        ("work", "Multiply-adds per example", "multiply_adds_before", "multiply_adds_after"),
+    ):
+        rows = [
+            (x.name, getattr(x, before), getattr(x, after)) for x in layers if getattr(x, before)
+        ]
+        bars = [_bar(*row) for row in _largest(rows)]
+        if bars:
+            shown += (
+                f"<figure><figcaption>{title}<br><span>"
+                '<span class="key"></span>kept<span class="key hatched"></span>removed</span></figcaption>'
+                f"{bar_chart(bars, key, title + ', kept and removed by layer')}</figure>"
+            )
+    return f'<div class="pair">{shown}</div>'
+
+
+def _largest(rows: Sequence[tuple[str, int, int]]) -> list[tuple[str, int, int]]:
+    """The rows in their order; where there are many, the smallest are one."""
+    if len(rows) <= _MOST_BARS:
+        return list(rows)
+    kept = sorted(rows, key=lambda row: -row[1])[: _MOST_BARS - 1]
+    rest = [row for row in rows if row not in kept]
+    told = (f"{len(rest)} smaller ones", sum(r[1] for r in rest), sum(r[2] for r in rest))
+    return [row for row in rows if row in kept] + [told]
+
+
+def _bar(name: str, before: int, after: int) -> Bar:
+    text = f"{figures.count(after)} of {figures.count(before)}"
+    if after > before:
+        text += " (more)"
+    segments = (("kept", float(after)), ("removed", float(max(0, before - after))))
+    return Bar(name=name, place=_KEPT, segments=segments, text=text)
+
+
+def _ledger(s: Any) -> str:
+    rows: list[tuple[str, str, str, str]] = [
+        (
+            "test accuracy, %",
+            figures.points(s["accuracy_dense"], "accuracy"),
+            figures.points(s["accuracy"], "accuracy"),
+            figures.points(s["accuracy"] - s["accuracy_dense"], "accuracy", sign=True),
+        )
+    ]
+    counted: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
+        ("parameters", "parameters", figures.count),
+        ("multiply-adds per example", "multiply_adds", figures.count),
+        ("stored weights, Mbit", "model_bits", figures.megabits),
+        ("ONNX file, bytes", "onnx_bytes", figures.count),
+    )
+    for label, key, write in counted:
+        a, b = s.get(f"{key}_dense"), s.get(key)
+        if a is not None and b is not None:
+            rows.append((label, write(a), write(b), f"{figures.ratio(a / b if b else None)} less"))
+    if s.get("seconds"):
+        label = f"{_engine(s['engine'])}, ms a batch of {s['batch']}"
+        faster = f"{figures.ratio(s['times_faster'])} as fast"
+        rows.append((label, _ms(s["seconds_dense"]), _ms(s["seconds"]), faster))
+    body = "".join(
+        f'<tr class="main"><th scope="row">{escape(label)}</th><td class="against">{a}</td><td>{b}</td>'
+        f'<td class="against">{escape(ratio)}</td></tr>'
+        for label, a, b, ratio in rows
+    )
+    return (
+        '<div class="scroll"><table class="ledger"><thead><tr><th></th><th scope="col">dense</th>'
+        f'<th scope="col">compressed</th><th scope="col"></th></tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def _timed(timings: Timings | None) -> str:
+    if timings is None:
+        return ""
+    head = "".join(f'<th scope="col">{escape(title)}</th>' for title in TITLES)
+    body = "".join(
+        f'<tr><th scope="row">{escape(row[0])}</th>'
+        + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:])
+        + "</tr>"
+        for row in timings.cells()
+    )
+    content = (
+        f'<div class="scroll"><table class="workers"><thead><tr>{head}</tr></thead><tbody>{body}</tbody>'
+        "</table></div>"
+    )
+    return _section("How fast it is", " ".join(timings.notes()), content)
+
+
+def _made(s: Any) -> str:
+    told = {
+        "method": s["method"],
+        "candidate": s["candidate"] or "none",
+        "seed": s["seed"],
+        "validation": f"{s['validation_examples']} examples",
+        "seconds in all": figures.seconds(s["wall_s"]),
+        "sterna": s["sterna"],
+    }
+    items = "".join(f"<dt>{k}</dt><dd>{escape(str(v))}</dd>" for k, v in told.items())
+    return f"<dl>{items}</dl>"
+
+
+def _cautions(outcome: "Outcome") -> str:
+    told = dict.fromkeys([*outcome.cautions, *(n for t in outcome.tried for n in t.notes)])
+    inner = "".join(f"<li>{escape(text)}</li>" for text in told)
+    return f'<ul class="cautions">{inner}</ul>' if inner else ""
+
+
+def _section(title: str, note: str, content: str) -> str:
+    if not content:
+        return ""
+    said = f'<p class="note">{escape(note)}</p>' if note else ""
+    return f"<section><h2>{title}</h2>{said}\n{content}\n</section>"
+
+
+def _asset(name: str) -> str:
+    return files("sterna.runs").joinpath(name).read_text(encoding="utf-8")
+
+
+def _engine(name: str) -> str:
+    return {"onnxruntime": "ONNX Runtime", "eager": "eager torch", "compiled": "torch.compile"}[
+        name
+    ]
+
+
+def _ms(seconds: float) -> str:
+    return figures.seconds(1e3 * seconds)
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.2f} %"
+
+
+def _share(after: float, before: float) -> str:
+    share = 100 * after / before
+    return f"{share:.1f} %" if share < 9.95 else f"{share:.0f} %"

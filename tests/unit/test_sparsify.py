@@ -1,0 +1,315 @@
+"""Sparsify: the penalty sees what surgery removes; the report equals real counts; never a silent no-op."""
+
+from copy import deepcopy
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from sterna.data import Dataset, Examples, digits
+from sterna.models import LSTMLanguageModel, ResNet
+from sterna.objectives import CrossEntropy, Force, GroupLasso, proximal_step
+from sterna.procedures.sparsify import front, sparsify
+from sterna.procedures.structures import Structures, branch_ends, parts_of
+from sterna.procedures.training import Training
+from sterna.randomness import generator, isolated
+from sterna.surgery import couple, load, nonzero, save, shrink
+from unit import surgery_zoo as zoo
+
+
+def conv_net() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1, stride=2),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 12, 3),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(48, 24),
+        nn.ReLU(),
+        nn.Linear(24, 10),
+    )
+
+
+@pytest.fixture(scope="module")
+def training() -> Training:
+    data = digits.load()
+    images = [
+        Examples(part.inputs[:640].view(-1, 1, 8, 8), part.targets[:640])
+        for part in (data.train, data.test)
+    ]
+    return Training(
+        data=Dataset("digits, 8x8", *images, classes=10),
+        optimizer=partial(torch.optim.SGD, lr=0.05, momentum=0.9),
+        batch_size=32,
+    )
+
+
+@pytest.fixture(scope="module")
+def dense(training: Training) -> nn.Module:
+    with isolated(0, "network"):
+        model = conv_net()
+    training.fit(model, 8)
+    return model
+
+
+def state(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: x.clone() for name, x in model.state_dict().items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_sparsify_gives_a_smaller_model_that_still_works(training, dense, tmp_path: Path) -> None:
+    before = state(dense)
+    small, report = sparsify(dense, training, strength=0.02, epochs=4, finetune_epochs=2)
+    assert same(before, state(dense))
+    assert all(p.grad is None for p in dense.parameters())
+    assert set(report.widths) == {"0", "3", "6"}
+    assert [report.widths["0"][1], report.widths["3"][1], report.widths["6"][1]] == [
+        small[0].out_channels,
+        small[3].out_channels,
+        small[6].out_features,
+    ]
+    assert sum(after for _, after in report.widths.values()) < 0.8 * (8 + 12 + 24)
+    assert report.parameters_before == sum(p.numel() for p in dense.parameters())
+    assert report.parameters_after == sum(p.numel() for p in small.parameters())
+    for model, adds in ((dense, report.multiply_adds_before), (small, report.multiply_adds_after)):
+        assert couple(model, training.example).multiply_adds == adds
+    assert report.finetuned == training.judge(small)
+    assert report.dense == training.judge(dense)
+    assert report.finetuned.accuracy > report.dense.accuracy - 0.02
+    assert (report.epochs, report.strength) == (6, 0.02)
+    save(small, report.description, tmp_path / "small.safetensors")
+    with isolated(1, "network"):
+        again = load(conv_net(), tmp_path / "small.safetensors").eval()
+    x = training.data.test.inputs[:50]
+    assert torch.equal(again(x), small.eval()(x))
+
+
+def test_what_is_cut_at_zero_changes_nothing(training, dense) -> None:
+    """With vanished at 0 only exact zeros of the proximal step go."""
+    small, report = sparsify(
+        dense, training, strength=0.03, epochs=4, finetune_epochs=0, vanished=0.0, exclude=("0",)
+    )
+    assert report.widths["3"][1] < 12
+    assert report.left["0"] == "it was excluded" and "0" not in report.widths
+    assert small[0].out_channels == 8
+    # Statistics of the batch norm are taken anew, so the losses differ by them alone.
+    assert report.shrunk.accuracy == pytest.approx(report.penalised.accuracy, abs=0.006)
+    assert report.finetuned == report.shrunk
+
+
+def test_the_same_seed_gives_the_same_bits(training, dense) -> None:
+    runs = [
+        sparsify(dense, t, strength=0.02, epochs=2, finetune_epochs=1)
+        for t in (training, training, replace(training, seed=1))
+    ]
+    assert same(state(runs[0][0]), state(runs[1][0]))
+    assert runs[0][1] == runs[1][1]
+    assert not same(state(runs[0][0]), state(runs[2][0]))
+
+
+def test_widths_are_rounded_up(training, dense) -> None:
+    _, report = sparsify(dense, training, strength=0.03, epochs=4, finetune_epochs=0, round_to=4)
+    assert any(after < before for before, after in report.widths.values())
+    assert all(after % 4 == 0 for _, after in report.widths.values())
+
+
+def test_nothing_removed_is_said(training, dense) -> None:
+    with pytest.warns(UserWarning, match=r"nothing was removed.*Raise strength \(1e-07\)"):
+        small, report = sparsify(dense, training, strength=1e-7, epochs=1, finetune_epochs=0)
+    assert report.parameters_after == report.parameters_before
+    assert all(before == after for before, after in report.widths.values())
+    assert sum(p.numel() for p in small.parameters()) == report.parameters_before
+
+
+def test_a_layer_that_all_depends_on_is_kept_at_one(training, dense) -> None:
+    with pytest.warns(UserWarning, match="'0' was to lose all of its units; one is kept"):
+        small, report = sparsify(
+            dense, training, strength=1.0, epochs=1, finetune_epochs=0, layers=("0",)
+        )
+    assert report.widths == {"0": (8, 1)}
+    assert small(training.example).shape == (1, 10)
+
+
+def test_the_papers_slope_removes_too(training, dense) -> None:
+    _, report = sparsify(
+        dense, training, strength=0.03, epochs=4, finetune_epochs=0, proximal=False, vanished=0.1
+    )
+    assert sum(after for _, after in report.widths.values()) < 8 + 12 + 24
+
+
+def test_a_front_goes_from_weak_to_strong(training, dense) -> None:
+    found = list(
+        front(dense, training, strengths=(0.12, 0.04), epochs=2, finetune_epochs=0, vanished=0.2)
+    )
+    assert [report.strength for _, report in found] == [0.04, 0.12]
+    assert found[0][1].parameters_after > found[1][1].parameters_after
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_an_objective_of_ones_own_acts_with_the_penalty(training, dense) -> None:
+    plain, _ = sparsify(dense, training, strength=0.12, epochs=1, finetune_epochs=0)
+    forced, _ = sparsify(
+        dense,
+        training,
+        strength=0.12,
+        epochs=1,
+        finetune_epochs=0,
+        objective=CrossEntropy() + 1e-3 * Force(),
+    )
+    assert not same(state(plain), state(forced))
+
+
+def test_parts_are_the_slices_of_the_coupling() -> None:
+    """Zeroing unit k of every part is removing unit k: nonzero sees it go, and only it."""
+    with isolated(0, "network"):
+        cases = (
+            (zoo.LeNet(), torch.ones(1, 1, 28, 28), "conv2"),
+            (LSTMLanguageModel(vocabulary=9, hidden=5), torch.zeros(1, 4).long(), "lstm.l0"),
+            (ResNet(depth=8, width=4), torch.ones(1, 3, 32, 32), "conv"),
+        )
+    for model, example, name in cases:
+        coupling = couple(model, example)
+        lasso = GroupLasso(units=1.0, tied=(parts_of(model, coupling.groups[name]),))
+        ((block, _),) = lasso.blocks(model)
+        factors = torch.ones(coupling.groups[name].size)
+        factors[2] = 0.0
+        with torch.no_grad():
+            block.scale_(factors)
+        gone = [k for k in range(len(factors)) if k != 2]
+        assert nonzero(model, coupling) == {name: tuple(gone)}
+        _, report = shrink(model, example, {name: gone})
+        assert report.difference < 1e-5
+
+
+def test_the_proximal_step_takes_units_with_all_their_parts() -> None:
+    with isolated(0, "network"):
+        model = zoo.LeNet()
+    found = Structures.of(model, torch.ones(1, 1, 28, 28), layers=("conv1",))
+    (lasso,) = found.penalties(model, strength=1.0)
+    before = found.norms(model)["conv1"]
+    threshold = 0.5 * float(before.mean())
+    proximal_step(model, lasso, 0.5)
+    expected = (before - threshold).clamp(min=0)
+    torch.testing.assert_close(found.norms(model)["conv1"], expected)
+
+
+def test_one_strength_means_the_same_in_every_layer() -> None:
+    """Every group shrinks by the same share of its mean length."""
+    with isolated(0, "network"):
+        model = zoo.LeNet()
+    found = Structures.of(model, torch.ones(1, 1, 28, 28))
+    for lasso in found.penalties(model, strength=1.0):
+        ((block, strength),) = lasso.blocks(model)
+        assert strength == pytest.approx(float(block.norms().detach().mean()), rel=1e-5)
+    doubled = found.penalties(model, strength=1.0, factors=(("conv*", 2.0),))
+    plain = found.penalties(model, strength=1.0)
+    ratios = [a.units / b.units for a, b in zip(doubled, plain, strict=True)]
+    assert ratios == pytest.approx([2.0, 2.0, 1.0])
+
+
+def test_branches_end_in_the_layer_that_makes_the_block_pass_on() -> None:
+    with isolated(0, "network"):
+        model, other = ResNet(depth=14, width=4), zoo.LeNet()
+    found = branch_ends(model, torch.ones(1, 3, 32, 32))
+    assert list(found) == ["stage1.0", "stage1.1", "stage2.1", "stage3.1"]
+    assert [part.parameter for part in found["stage2.1"]] == [
+        "stage2.1.norm2.weight",
+        "stage2.1.norm2.bias",
+    ]
+    assert branch_ends(other, torch.ones(1, 1, 28, 28)) == {}
+
+
+def test_whole_blocks_go() -> None:
+    rng = generator(0, "pictures")
+    pictures = Examples(torch.randn(32, 3, 8, 8, generator=rng), torch.arange(32) % 4)
+    training = Training(
+        data=Dataset("noise", pictures, pictures, 4),
+        optimizer=partial(torch.optim.SGD, lr=0.01),
+        batch_size=8,
+    )
+    with isolated(0, "network"):
+        model = ResNet(depth=14, width=4, classes=4)
+    with torch.no_grad():
+        model.stage2[1].norm2.weight.mul_(1e-3)
+        model.stage1[0].norm1.weight[1] *= 1e-3
+        model.stage1[0].conv2.weight[:, 1] *= 1e-3
+    small, report = sparsify(
+        model, training, strength=0.0, depth=0.05, epochs=1, finetune_epochs=1, layers=("stage*.1",)
+    )
+    assert report.blocks == ("stage2.1",)
+    assert report.widths == {}
+    assert isinstance(small.stage2[1], nn.ReLU | nn.Identity)
+    assert report.parameters_after == sum(p.numel() for p in small.parameters())
+    assert report.multiply_adds_after < report.multiply_adds_before
+    both, report = sparsify(model, training, strength=0.5, depth=0.05, epochs=1, finetune_epochs=0)
+    assert "stage2.1" in report.blocks
+    assert report.widths["stage1.0.conv1"] == (4, 3)
+    assert both(training.example).shape == (1, 4)
+
+
+def test_hidden_units_of_an_lstm_go() -> None:
+    rng = generator(0, "words")
+    words = torch.randint(0, 12, (64, 7), generator=rng)
+    text = Examples(words[:, :-1].contiguous(), words[:, 1:].contiguous())
+    training = Training(
+        data=Dataset("words", text, text, 12),
+        optimizer=partial(torch.optim.SGD, lr=0.5),
+        batch_size=16,
+        clip_norm=5.0,
+    )
+    with isolated(0, "network"):
+        model = LSTMLanguageModel(vocabulary=12, hidden=16)
+    with torch.no_grad():
+        model.lstm.weight_hh_l0[:, 10:] *= 0.01
+        model.lstm.weight_ih_l1[:, 10:] *= 0.01
+        for name in ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"):
+            getattr(model.lstm, name).view(4, 16, -1)[:, 10:] *= 0.01
+    dense = deepcopy(model)
+    small, report = sparsify(
+        model, training, strength=0.02, epochs=2, finetune_epochs=1, layers=("lstm.*",)
+    )
+    assert report.widths["lstm.l0"][0] == 16 and report.widths["lstm.l0"][1] <= 10
+    assert report.parameters_after == sum(p.numel() for p in small.parameters())
+    assert same(state(dense), state(model))
+    assert small(training.example).shape == (1, 6, 12)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"strength": -1.0}, "strength must be at least 0"),
+        ({"strength": float("nan")}, "strength must be at least 0"),
+        ({"strength": 0.0}, "strength or depth must be above 0"),
+        ({"depth": 1.0}, "depth must be 0 for Sequential: no residual block"),
+        ({"epochs": 0}, "epochs must be at least 1"),
+        ({"vanished": 1.0}, r"vanished must lie in \[0, 1\)"),
+        ({"layers": ("conv9",)}, "layers and exclude must fit a group or a block; got 'conv9'"),
+        ({"factors": (("conv9", 1.0),)}, "factors must fit a group or a block; got 'conv9'"),
+        ({"finetune_epochs": -1}, "epochs must be at least 0"),
+        ({"rate": 0.0}, "rate must be above 0"),
+    ],
+)
+def test_bad_arguments_are_named(training, dense, options, words) -> None:
+    arguments = {"strength": 0.01, "epochs": 1, "finetune_epochs": 0} | options
+    with pytest.raises(ValueError, match=words):
+        sparsify(dense, training, **arguments)
+
+
+def test_training_says_what_is_wrong(training) -> None:
+    with pytest.raises(ValueError, match="Training: batch_size must lie in"):
+        replace(training, batch_size=0)
+    with pytest.raises(ValueError, match="Training: clip_norm"):
+        replace(training, clip_norm=0.0)
+
+
+def test_no_epoch_is_no_change(training, dense) -> None:
+    model = deepcopy(dense)
+    training.fit(model, 0)
+    assert same(state(model), state(dense))
