@@ -40,8 +40,8 @@ from sterna.surgery import couple, shrink
 RESULTS = Path(
     os.environ.get("STERNA_CLAIMS") or Path(__file__).parents[2] / "benchmarks" / "results"
 )
-STRENGTHS = (0.002, 0.003, 0.0045)
-DENSE, PENALISED, FINETUNED = 4, 5, 5
+STRENGTHS = (0.003, 0.0045, 0.0065)
+DENSE, PENALISED, FINETUNED = 2, 3, 3
 SEEDS = 3
 TUNING_SEED = 100
 ROUND_TO = 4
