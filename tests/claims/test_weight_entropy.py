@@ -250,7 +250,8 @@ def test_traffic_of_training(shared_data: Path) -> None:
         batch_size=128,
         workers=WORKERS,
     )
-    num_weights = sum(p.numel() for p in task.model().parameters())
+    with isolated(0, "model"):
+        num_weights = sum(p.numel() for p in task.model().parameters())
     trained: dict[str, list[Trained]] = {}
     validated: dict[str, dict[float, float]] = {}
     for name, arm in ARMS.items():
