@@ -32,7 +32,7 @@ from sterna.exchange.model_average import ModelAverage
 from sterna.exchange.weights import assign, packed
 from sterna.flat import Named
 from sterna.models import MLP, LeNet5
-from sterna.randomness import generator
+from sterna.randomness import generator, isolated
 from sterna.replica import Replica
 from sterna.runs.estimate import estimate, paired
 from sterna.runs.figures import difference, score
