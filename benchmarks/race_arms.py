@@ -223,7 +223,7 @@ REFERENCE = "DDP fp32"
 LOCAL_TERNARY = "Sterna ModelAverage, every 16, EF(TernGrad)"
 ARMS: dict[str, Arm] = {
     REFERENCE: _ddp(plain, rates=SYNC, torch=True),
-    "DDP fp16 hook": _ddp(torch_fp16, rate_of=REFERENCE, torch=True),
+    "DDP fp16 hook": _ddp(torch_fp16, steps_of=REFERENCE, torch=True),
     "DDP PowerSGD hook, rank 1": _ddp(
         torch_powersgd(1), rate_of="DDP PowerSGD hook, rank 2", torch=True
     ),

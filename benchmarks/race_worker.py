@@ -160,8 +160,8 @@ class _Kept:
     def reached(self, setting: Setting, lr: float) -> bool:
         """Whether all seeds reach the target with this horizon; runs what has not been run."""
         for seed in setting.seeds:
-            which = (seed, setting.horizon)
-            done = [one for one in self.runs if (one["seed"], one["horizon"]) == which]
+            which = (seed, setting.horizon, lr)
+            done = [one for one in self.runs if (one["seed"], one["horizon"], one["lr"]) == which]
             if not done:
                 data, limit = data_of("test"), setting.horizon
                 one = train(self.name, lr, seed, setting, data, setting.target, limit)
