@@ -2,10 +2,13 @@
 
 import importlib
 import os
+import pickle
 import signal
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from torch import nn
 
 from sterna.codecs import ErrorFeedback, TernGrad
 from sterna.comm.member import Member
+from sterna.comm.supervisor import Joined, Lost
 from sterna.data.examples import Dataset, Examples
 from sterna.exchange.all_reduce import AllReduce
 from sterna.exchange.model_average import ModelAverage
@@ -170,3 +174,12 @@ def dies_always(comm: Member) -> None:
     if comm.rank == 1:
         os._exit(7)
     comm.sum_(torch.ones(1))
+
+
+def loses_contact(rank: int, pipe: Connection) -> None:
+    """What a launched process says when rank 0 dies and the others notice; those then wait."""
+    pipe.send_bytes(pickle.dumps(Joined()))
+    if rank == 0:
+        os._exit(9)
+    pipe.send_bytes(pickle.dumps(Lost("no contact")))
+    time.sleep(60)

@@ -111,11 +111,12 @@ def reestimate(model: nn.Module, examples: Examples, count: int = 2048) -> None:
     """Take the running statistics of normalisation layers anew, at the weights of now.
 
     Under an asynchronous server whoever computes last leaves statistics of other weights. Nothing
-    happens to a model without such layers; it comes back in the mode it was in.
+    happens to a model without such layers; it comes back in the mode it was in, also after an error.
 
     Args:
         model: of any kind.
-        examples: the first ``count`` of them are looked at, in batches.
+        examples: the first ``count`` of them are looked at, in batches of equal size (or one less), as
+            batch normalisation takes no batch of a single example.
         count: how many.
     """
     layers = [m for m in model.modules() if isinstance(m, _NormBase) and m.track_running_stats]
@@ -123,14 +124,17 @@ def reestimate(model: nn.Module, examples: Examples, count: int = 2048) -> None:
         return
     was_training, device = model.training, next(model.parameters()).device
     momenta = [layer.momentum for layer in layers]
-    model.eval()
-    for layer in layers:
-        layer.reset_running_stats()
-        layer.momentum = None  # the plain mean over the batches
-        layer.train()
-    with torch.no_grad():
-        for index in torch.split(torch.arange(min(count, len(examples))), 256):
-            model(examples[index].inputs.to(device))
-    for layer, momentum in zip(layers, momenta, strict=True):
-        layer.momentum = momentum
-    model.train(was_training)
+    num = min(count, len(examples))
+    try:
+        model.eval()
+        for layer in layers:
+            layer.reset_running_stats()
+            layer.momentum = None  # the plain mean over the batches
+            layer.train()
+        with torch.no_grad():
+            for index in torch.tensor_split(torch.arange(num), max(1, -(-num // 256))):
+                model(examples[index].inputs.to(device))
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
+        model.train(was_training)

@@ -21,8 +21,8 @@ from sterna.randomness import generator, isolated
 from sterna.runs.compare import compare
 from sterna.runs.conclusion import conclusion
 from sterna.runs.files import StoreError
+from sterna.runs.multiply_adds import multiply_adds
 from sterna.runs.progress import Progress
-from sterna.runs.recorder import multiply_adds
 from sterna.runs.report import report, side_by_side
 from sterna.runs.request import Request
 from sterna.runs.serve import serve

@@ -95,6 +95,8 @@ def test_parts_and_cuts(small):
     [
         ({"part": "train"}, r"ptb.load: part must be 'valid' or 'test'; got 'train'"),
         ({"positions": 0}, r"ptb.load: positions must be at least 1; got 0"),
+        ({"positions": 14}, r"positions must be below the 14 words of the valid text; got 14"),
+        ({"positions": 33}, r"positions must be below the 33 words of the train text; got 33"),
         ({"positions": 4, "train_words": 4}, r"train_words must leave a window of 4 .*; got 4"),
         ({"positions": 4, "train_words": 99}, r"train_words .* at most the 33 there are; got 99"),
         ({"positions": 4, "part_words": 15}, r"part_words .* at most the 14 there are; got 15"),

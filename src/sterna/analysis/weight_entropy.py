@@ -34,6 +34,8 @@ from sterna.seams import NotFinite
 
 _COUNTED = 2**20
 _PIECE = 2**18
+_EXACT = 2**22
+"""Codes up to here are whole numbers in float32, with room for the quotient's rounding."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +146,7 @@ def _layer(name: str, w: Tensor, step: float, relative_step: float) -> LayerEntr
 
 def _rounded(w: Tensor, step: float, low: float, high: float) -> float:
     """Eq. (1) and (2), counted piece by piece where the values are few."""
-    if (high - low) / step >= _COUNTED:
+    if (high - low) / step >= _COUNTED or max(-low, high) / step >= _EXACT:
         return entropy(torch.round(w.double() / step))
     first = round(low / step) - 1  # a margin, for what is rounded in another precision
     counts = torch.zeros(round(high / step) - first + 2, dtype=torch.int64, device=w.device)

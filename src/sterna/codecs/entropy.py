@@ -23,7 +23,7 @@ Cost per step: (3), 20 bytes a part and 20 a buffer; two collectives, for the wo
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
@@ -58,7 +58,7 @@ class Entropy:
         2.1
     """
 
-    inner: Codec
+    inner: Codec = field(kw_only=False)
 
     summable: ClassVar[bool] = False
 

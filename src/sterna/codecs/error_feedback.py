@@ -25,7 +25,7 @@ Cost per step: the inner codec's bits; one decode and two passes over the gradie
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -65,7 +65,7 @@ class ErrorFeedback:
         (0.0009765625, 0.0009765625)
     """
 
-    inner: Codec
+    inner: Codec = field(kw_only=False)
     decay: float = 0.9
 
     def __post_init__(self) -> None:

@@ -11,16 +11,13 @@ kernel for huge pages (a fresh 40 MB tensor costs 17 ms of page faults, twice th
 """
 # mypy: disable-error-code="no-untyped-def"
 
-from collections.abc import Callable
-from typing import Any
-
-import numba
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from sterna.codecs import packing
+from sterna.compiled import compiled
 
 Bounds = npt.NDArray[np.int64]
 
@@ -28,21 +25,9 @@ _A, _B, _ONE = np.uint32(0x7FEB352D), np.uint32(0x846CA68B), np.uint32(1)
 _PLANE = packing.PLANE
 
 
-def _compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        compiled: Callable[..., Any]
-        try:
-            compiled = numba.njit(cache=True, nogil=True, **options)(function)
-        except RuntimeError:  # nowhere to write the cache: compile once per process instead
-            compiled = numba.njit(nogil=True, **options)(function)
-        return compiled
-
-    return decorate
-
-
 # Reassociation lets LLVM add in several lanes. The other kernels have no fast-math: coins are
 # compared exactly, and every machine decodes to the same bits.
-@_compiled(fastmath={"reassoc", "contract", "nsz"})
+@compiled(fastmath={"reassoc", "contract", "nsz"})
 def _statistics(x, bits, starts, stops, variance, top):
     for k in range(starts.shape[0]):
         segment, pattern = x[starts[k] : stops[k]], bits[starts[k] : stops[k]]
@@ -63,7 +48,7 @@ def _statistics(x, bits, starts, stops, variance, top):
         top[k] = largest
 
 
-@_compiled()
+@compiled()
 def _codes(x, bits, out, position, k0, k1, step, gain, limit):
     for i in range(x.shape[0]):
         h = np.uint32(np.uint32(position + np.uint32(i)) ^ k0)
@@ -80,7 +65,7 @@ def _codes(x, bits, out, position, k0, k1, step, gain, limit):
         out[i] = np.uint8(1) + fires - np.uint8(np.uint8(2) * (fires & negative))
 
 
-@_compiled()
+@compiled()
 def _pack(codes, dense, out):
     q = out.shape[0]
     c0, c1, c2, c3 = codes[:q], codes[q : 2 * q], codes[2 * q : 3 * q], codes[3 * q : 4 * q]
@@ -96,7 +81,7 @@ def _pack(codes, dense, out):
             out[j] = low | np.uint8(np.uint8(c2[j] << np.uint8(4)) | np.uint8(c3[j] << np.uint8(6)))
 
 
-@_compiled()
+@compiled()
 def _ternarise(x, bits, starts, stops, step, gain, limit, k0, k1, dense, packed):
     planes = 5 if dense else 4
     codes = np.empty(5 * _PLANE, np.uint8)
@@ -124,7 +109,7 @@ def _ternarise(x, bits, starts, stops, step, gain, limit, k0, k1, dense, packed)
         byte += q
 
 
-@_compiled()
+@compiled()
 def _add_codes(packed, dense, digits, codes):
     q = packed.shape[0]
     if dense:
@@ -152,7 +137,7 @@ def _add_codes(packed, dense, digits, codes):
             c3[j] = np.uint8(c3[j] + (packed[j] >> np.uint8(6)))
 
 
-@_compiled()
+@compiled()
 def _write(codes, offset, scale, add, out):
     if add:
         for j in range(codes.shape[0]):
@@ -162,7 +147,7 @@ def _write(codes, offset, scale, add, out):
             out[j] = (np.float32(codes[j]) - offset) * scale
 
 
-@_compiled()
+@compiled()
 def _average(packed, scale, starts, stops, together, dense, out):
     # ``together``: the scalers are equal, so add the codes as integers and multiply once.
     planes = 5 if dense else 4

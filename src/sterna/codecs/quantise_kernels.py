@@ -3,7 +3,8 @@
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
+
+from sterna.compiled import compiled
 
 Bounds = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -13,7 +14,7 @@ FAR = -128
 """The code of a value beyond 127 steps."""
 
 
-@njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
+@compiled(fastmath={"reassoc", "contract", "nsz"})
 def _mean_square(x, bounds, out, largest):
     for k in range(out.shape[0]):
         segment, total, peak = x[bounds[k] : bounds[k + 1]], 0.0, np.float32(0)
@@ -23,7 +24,7 @@ def _mean_square(x, bounds, out, largest):
         out[k], largest[k] = total / max(segment.shape[0], 1), peak
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _quantise(x, bounds, step, codes):
     num_far = 0
     for k in range(step.shape[0]):
@@ -42,7 +43,7 @@ def _quantise(x, bounds, step, codes):
     return num_far
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _scale(codes, bounds, step, limit, out):
     for k in range(step.shape[0]):
         segment, into, s = codes[bounds[k] : bounds[k + 1]], out[bounds[k] : bounds[k + 1]], step[k]

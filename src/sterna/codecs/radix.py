@@ -13,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from jaxtyping import Float32, Int, UInt8
-from numba import njit
 from torch import Tensor
+
+from sterna.compiled import compiled
 
 Digits = Int[Tensor, "n"] | UInt8[Tensor, "n"]
 Packed = UInt8[Tensor, "bytes"]
@@ -66,7 +67,7 @@ def _table(base: int) -> npt.NDArray[np.integer]:
     return digits.astype(np.uint8 if base <= 256 else np.int32)
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _pack(digits, base, k, words):
     for j in range(words.shape[0]):
         piece, word = digits[j * k : (j + 1) * k], np.uint64(0)
@@ -75,7 +76,7 @@ def _pack(digits, base, k, words):
         words[j] = word
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled(error_model="numpy")
 def _unpack(words, group, k, table, digits):
     # A division takes the time of ten additions: one for several digits, which the table has.
     several = table.shape[1]
@@ -89,7 +90,7 @@ def _unpack(words, group, k, table, digits):
                 piece[p + i] = row[i]
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _scale(digits, offset, starts, stops, factor, out):
     first = 0
     for k in range(starts.shape[0]):

@@ -59,6 +59,12 @@ class Kept:
             if os.fstat(slot).st_size == 0 or _head(slot)[0] > beyond:
                 _write(slot, _HEAD.pack(_EMPTY, 0, 0), 0)
 
+    def forget_others(self, clock: int) -> None:
+        """Forget what was kept under any other clock."""
+        for slot in self._slots:
+            if _head(slot)[0] != clock:
+                _write(slot, _HEAD.pack(_EMPTY, 0, 0), 0)
+
     def clocks(self) -> list[int]:
         """The clocks of which there are values, in order."""
         return sorted({_head(slot)[0] for slot in self._slots} - {_EMPTY})

@@ -160,7 +160,7 @@ def _attempt(
         comm = Member.join(rank, task.size, store, task.timeout_s, kept)
         _say(pipe, Joined())
         result = task.worker(comm, *task.args)
-        return Outcome(result=result if rank == 0 else None)
+        return _ended_with(result if rank == 0 else None)
     except Exception as error:
         if _lost_contact(error):
             return Lost(str(error))
@@ -192,6 +192,18 @@ def _leave() -> None:
 def _say(pipe: Connection, said: Joined | Lost | Outcome) -> None:
     # Plain pickle: torch's own would pass tensors as handles into a process that is about to end.
     pipe.send_bytes(pickle.dumps(said))
+
+
+def _ended_with(result: Any) -> Outcome:
+    """An outcome that can be said."""
+    try:
+        pickle.dumps(result)
+    except Exception as error:
+        return Outcome(
+            error=f"launch: the result of the worker must pickle; got {type(result).__name__} ({error}). "
+            "Return numbers, texts, tensors, or what an importable module defines."
+        )
+    return Outcome(result=result)
 
 
 def explains_itself(error: BaseException) -> bool:

@@ -101,7 +101,9 @@ class Member(Distributed):
         offers = [set(message.buffers["clocks"].tolist()) - {-1} for message in gathered]
         common = set.intersection(*offers)
         newest = max(common, default=-1)
-        self.kept.forget(beyond=newest)  # it will not come to pass, or will once more
+        # What is later comes to pass once more, or not at all. What is earlier fits nobody who does not
+        # hold it; beside it the newest would be replaced where it lies, and be lost with its writer.
+        self.kept.forget_others(newest)
         if not common:
             return None
         self.clock = newest

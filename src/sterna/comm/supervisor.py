@@ -216,9 +216,9 @@ class Supervisor:
                     pass
             seat.process.kill()  # who has ended well is needed again, and goes on from what it kept
             seat.process.join()
-            seat.process.close()
-            seat.pipe.close()
             self._seats[k] = _Seat(seat.rank, *self._start(seat.rank, store))
+            seat.process.close()  # not before: where nobody can be started, `stop` ends all seats
+            seat.pipe.close()
 
     def stop(self) -> None:
         """End all processes; those that do not end when asked are killed."""

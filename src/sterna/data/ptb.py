@@ -67,7 +67,7 @@ def load(
     A window is an example like any other: examples are shuffled, and a recurrent network starts each
     with an empty memory. The usual way reads the text in order and carries the memory from window to
     window, which a shuffled, shared data set cannot. So the first words of a window are harder here,
-    and perplexities are higher than published ones by some per cent: compare them with each other.
+    and perplexities do not compare with published ones: compare them with each other.
 
     Args:
         data_dir: folder with the three files, or with a folder ``ptb`` of them. None: the folder in
@@ -93,6 +93,11 @@ def load(
     name = f"Penn Treebank ({judge} text, windows of {positions})"
     for which, (argument, most) in named.items():
         words = encode(texts[which], numbers)
+        if positions >= len(words):
+            raise ValueError(
+                f"ptb.load: positions must be below the {len(words)} words of the {which} text; got "
+                f"{positions}. 35 is usual."
+            )
         if most is not None:
             if not positions < most <= len(words):
                 raise ValueError(

@@ -1,5 +1,10 @@
 """One optimizer step of a worker by itself: between two rounds nothing has to lie in one buffer."""
 
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
 from sterna.codecs.finite import largest
 from sterna.flat import Flat, Layout
 from sterna.replica import Replica
@@ -28,12 +33,29 @@ def step_alone(replica: Replica, who: str) -> None:
         >>> (before - model.weight).tolist(), replica.step, model.weight.grad
         ([[1.0, 2.0]], 1, None)
     """
-    if any(p.grad is None for p in replica.parameters.values()):
+    gradients = {
+        name: p.grad.detach() for name, p in replica.parameters.items() if p.grad is not None
+    }
+    if len(gradients) < len(replica.parameters):
         largest(replica.gradients, who)  # zeros for what this step did not use
-    else:
-        for name, p in replica.parameters.items():
-            if p.grad is not None:
-                largest(Flat(Layout((name,), ((p.numel(),),)), p.grad.detach().reshape(-1)), who)
+    elif all(x.is_cpu for x in gradients.values()) or not all_finite(gradients.values()):
+        for name, x in gradients.items():
+            largest(Flat(Layout((name,), ((x.numel(),),)), x.reshape(-1)), who)
     replica.update()
     for p in replica.parameters.values():
         p.grad = None
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether no tensor holds NaN or infinity; a device is read back once, whatever their number.
+
+    Args:
+        tensors: any shapes, of one dtype, on one device.
+
+    Example:
+        >>> import torch
+        >>> all_finite([torch.ones(2, 2), torch.zeros(0)]), all_finite([torch.tensor([1.0, torch.nan])])
+        (True, False)
+    """
+    ends = [end for x in tensors if x.numel() for end in torch.aminmax(x)]
+    return not ends or bool(torch.stack(ends).isfinite().all())

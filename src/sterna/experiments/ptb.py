@@ -48,6 +48,7 @@ from sterna.seams import Exchange
 
 def _run(
     exchange: Exchange,
+    *,
     data_dir: Path | None,
     epochs: int,
     lr: float,
@@ -86,15 +87,15 @@ def sync(
     """Synchronous data parallelism: the mean of all gradients, in float32."""
     return _run(
         AllReduce(),
-        data_dir,
-        epochs,
-        lr,
-        batch_size,
-        hidden,
-        clip_norm,
-        train_words,
-        test_words,
-        part,
+        data_dir=data_dir,
+        epochs=epochs,
+        lr=lr,
+        batch_size=batch_size,
+        hidden=hidden,
+        clip_norm=clip_norm,
+        train_words=train_words,
+        test_words=test_words,
+        part=part,
     )
 
 
@@ -113,15 +114,15 @@ def fp16(
     """Gradients travel as 16-bit floats."""
     return _run(
         AllReduce(codec=Fp16()),
-        data_dir,
-        epochs,
-        lr,
-        batch_size,
-        hidden,
-        clip_norm,
-        train_words,
-        test_words,
-        part,
+        data_dir=data_dir,
+        epochs=epochs,
+        lr=lr,
+        batch_size=batch_size,
+        hidden=hidden,
+        clip_norm=clip_norm,
+        train_words=train_words,
+        test_words=test_words,
+        part=part,
     )
 
 
@@ -143,15 +144,15 @@ def terngrad(
     codec = TernGrad(clip=clip, share_scalers=share_scalers)
     return _run(
         AllReduce(codec=codec),
-        data_dir,
-        epochs,
-        lr,
-        batch_size,
-        hidden,
-        clip_norm,
-        train_words,
-        test_words,
-        part,
+        data_dir=data_dir,
+        epochs=epochs,
+        lr=lr,
+        batch_size=batch_size,
+        hidden=hidden,
+        clip_norm=clip_norm,
+        train_words=train_words,
+        test_words=test_words,
+        part=part,
     )
 
 
@@ -172,15 +173,15 @@ def entropy(
     codec = ErrorFeedback(inner=Entropy(inner=Quantise(step=step)), decay=1.0)
     return _run(
         AllReduce(codec=codec),
-        data_dir,
-        epochs,
-        lr,
-        batch_size,
-        hidden,
-        clip_norm,
-        train_words,
-        test_words,
-        part,
+        data_dir=data_dir,
+        epochs=epochs,
+        lr=lr,
+        batch_size=batch_size,
+        hidden=hidden,
+        clip_norm=clip_norm,
+        train_words=train_words,
+        test_words=test_words,
+        part=part,
     )
 
 
@@ -206,15 +207,15 @@ def local_sgd(
     )
     return _run(
         exchange,
-        data_dir,
-        epochs,
-        lr,
-        batch_size,
-        hidden,
-        clip_norm,
-        train_words,
-        test_words,
-        part,
+        data_dir=data_dir,
+        epochs=epochs,
+        lr=lr,
+        batch_size=batch_size,
+        hidden=hidden,
+        clip_norm=clip_norm,
+        train_words=train_words,
+        test_words=test_words,
+        part=part,
     )
 
 
@@ -243,15 +244,15 @@ def slim_dp(
     )
     return _run(
         exchange,
-        data_dir,
-        epochs,
-        lr,
-        batch_size,
-        hidden,
-        clip_norm,
-        train_words,
-        test_words,
-        part,
+        data_dir=data_dir,
+        epochs=epochs,
+        lr=lr,
+        batch_size=batch_size,
+        hidden=hidden,
+        clip_norm=clip_norm,
+        train_words=train_words,
+        test_words=test_words,
+        part=part,
     )
 
 
@@ -270,13 +271,13 @@ def lstm(
     """One worker, nothing exchanged: the network by itself."""
     return _run(
         Local(),
-        data_dir,
-        epochs,
-        lr,
-        batch_size,
-        hidden,
-        clip_norm,
-        train_words,
-        test_words,
-        part,
+        data_dir=data_dir,
+        epochs=epochs,
+        lr=lr,
+        batch_size=batch_size,
+        hidden=hidden,
+        clip_norm=clip_norm,
+        train_words=train_words,
+        test_words=test_words,
+        part=part,
     )

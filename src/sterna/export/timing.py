@@ -159,8 +159,8 @@ def time_models(
         example: an input, or a tuple of positional arguments; the first dimension counts examples.
         batch: examples in a call, at least 1: those of the example, repeated where it has too few.
         threads: threads inside an operator, at least 1; torch's setting comes back afterwards.
-        engines: ``"onnxruntime"``, ``"eager"`` (torch as it is) and ``"compiled"`` (`torch.compile`, whose
-            first call takes 10 to 40 seconds a model).
+        engines: ``"onnxruntime"``, ``"eager"`` (torch as it is) and ``"compiled"`` (`torch.compile`, which
+            builds each model at its first call; that call is not timed).
         rounds: samples of each, at least 3.
         least: seconds that a sample takes at least; above 0.
 

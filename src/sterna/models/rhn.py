@@ -18,8 +18,7 @@ Differs from the paper: the carry gate is 1 - g as in its experiments; no dropou
 may share their weights (``tied``), as in its best models.
 
 Cost per step: a word takes 2 h (e + L h) multiply-adds, and h times the vocabulary in the decoder. The
-layers follow one another in time: L small products per word, which no library fuses, so that a word
-takes longer than in an LSTM of as many multiply-adds.
+layers follow one another in time: L small products per word, one after the other.
 """
 
 import torch

@@ -166,8 +166,17 @@ def front(
         epochs: before the cuts, once for all of them.
         rate: factor of the learning rate in those epochs.
         **options: the other arguments of `factorise`.
+
+    Raises:
+        ValueError: as `factorise`; before the training where the largest share cannot be met.
+        NotFinite: training diverged.
     """
     dense = training.judge(forced := copied(model).to(training.device))
+    if epochs and multiply_adds:
+        cut = {k: options[k] for k in ("form", "layers", "exclude", "multiple_of") if k in options}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            low_rank(forced, training.example, multiply_adds=max(multiply_adds), **cut)
     _gather(forced, training, force, epochs, rate)
     for share in sorted(multiply_adds, reverse=True):
         small, report = factorise(forced, training, multiply_adds=share, **options)

@@ -5,10 +5,12 @@
     test        ->  the dense model and the chosen one, once
 
 The folder holds the smaller model, ``model.onnx``, ``timing.json``, ``candidates.json``,
-``compress.json`` (one flat object, the stable face for other programs) and ``report.html``. Where no
+``compress.json`` (one flat object, the stable face for other programs) and ``report.html``. What is in
+the folder is read back and compared with the model that was chosen. Where no
 candidate keeps the accuracy there is no model, and all the rest says how far it came.
 """
 
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,15 +23,16 @@ from torch import nn
 import sterna
 from sterna.data import Dataset, Examples
 from sterna.data.split import stratified
-from sterna.export.onnx import onnx_bytes, require_packages, to_onnx
+from sterna.export.onnx import onnx_bytes, require_packages
 from sterna.export.runtime import ExportError
 from sterna.export.timing import Engine, Timing, Timings, time_models
 from sterna.randomness import generator
 from sterna.runs.compressors import Candidate, Compressor, control_of, stored_bits
 from sterna.runs.files import StoreError, write_json, write_whole
 from sterna.runs.kept import Layer, kept_by_layer
-from sterna.runs.recorder import multiply_adds
+from sterna.runs.multiply_adds import multiply_adds
 from sterna.runs.subject import ORIGINAL, Subject
+from sterna.runs.written import exported_as_possible, read_back
 
 FORMAT = 1
 DENSE = "dense"
@@ -136,8 +139,9 @@ def compress(
         What came out. If no candidate keeps the accuracy, the folder has all but the model.
 
     Raises:
-        StoreError: the folder holds a compressed model already or cannot be written; the data is not
-            judged by accuracy.
+        StoreError: the folder holds a compressed model already or cannot be written; the subject is
+            compressed already; the data is not judged by accuracy; what was written does not give the
+            chosen model's outputs when it is read back.
         ModuleNotFoundError: the extra ``export`` is not installed.
         Refused: nothing in the model can shrink.
         ValueError: an argument is out of range, or the method does not fit the model.
@@ -159,7 +163,10 @@ def compress(
     say(f"dense: {_percent(reached)} on {len(training.data.test)} validation examples")
     candidates: list[Candidate] = []
     misses = 0
-    for candidate in compressor.candidates(dense, training):
+    for found in compressor.candidates(dense, training):
+        candidate = replace(
+            found, label=_free(found.label, [DENSE, *(c.label for c in candidates)])
+        )
         candidates.append(candidate)
         left = sum(p.numel() for p in candidate.model.parameters()) / _count(dense)
         say(f"{candidate.label}: {_percent(candidate.accuracy)}, {left:.1%} of the parameters")
@@ -167,9 +174,11 @@ def compress(
         if misses == 2 and not compressor.by_size:
             say("two in a row lose too much: what is more compressed is not tried")
             break
-    models = {c.label: c.model for c in candidates if c.changed}
+    models = {str(i): c.model for i, c in enumerate(candidates) if c.changed}
     timed = _seconds(dense, models, example, bench)
-    tried = tuple(_tried(c, example[:1], timed.get(c.label), least) for c in candidates)
+    tried = tuple(
+        _tried(c, example[:1], timed.get(str(i)), least) for i, c in enumerate(candidates)
+    )
     best = _chosen(tried, compressor.by_size)
     chosen = None if best is None else candidates[tried.index(best)]
     summary: dict[str, Any] = {
@@ -200,18 +209,21 @@ def compress(
     layers: tuple[Layer, ...] = ()
     timings = None
     if chosen is not None and best is not None:
+        write_json(folder / ORIGINAL, subject.original)
+        write_whole(folder / "model.safetensors", chosen.write)
+        read_back(folder, chosen.model, test.inputs[:64])
         judged = replace(training, data=replace(data, test=test))
         summary["accuracy_dense"] = judged.judge(dense).accuracy
         summary["accuracy"] = judged.judge(chosen.model).accuracy
         layers = kept_by_layer(dense, chosen.model, example[:1])
         both = {DENSE: dense, "compressed": chosen.model}
         timings = time_models(both, example, **_options(bench, bench.engines, bench.rounds))
-        write_json(folder / ORIGINAL, subject.original)
-        write_whole(folder / "model.safetensors", chosen.write)
         if onnx_dense is not None:
-            exported = to_onnx(chosen.model, example, folder / "model.onnx")
-            summary["onnx_bytes"] = exported.bytes
-            summary["onnx_difference"] = exported.largest_difference
+            exported, caution = exported_as_possible(chosen.model, example, folder / "model.onnx")
+            cautions += [caution] if caution else []
+            if exported is not None:
+                summary["onnx_bytes"] = exported.bytes
+                summary["onnx_difference"] = exported.largest_difference
         row = next((r for r in timings.rows if r.model == "compressed" and r.seconds), None)
         if row is not None:
             summary |= {
@@ -221,6 +233,8 @@ def compress(
                 "seconds_dense": timings.of(DENSE, row.engine).seconds,
                 "seconds": row.seconds,
                 "times_faster": row.ratio,
+                "times_faster_low": row.ratio_low,
+                "times_faster_high": row.ratio_high,
             }
         write_json(folder / "timing.json", timings.as_json())
     summary["wall_s"] = time.perf_counter() - start
@@ -261,6 +275,12 @@ def best_reached(outcome: Outcome) -> str:
         f"{_percent(nearest.accuracy)}, {lost:.2f} points less. Allow more with --keep-accuracy, or train "
         "longer with --finetune-epochs."
     )
+
+
+def _free(label: str, taken: Sequence[str]) -> str:
+    """The label, with a number where it is taken."""
+    names = itertools.chain([label], (f"{label} ({i})" for i in itertools.count(2)))
+    return next(name for name in names if name not in taken)
 
 
 def _tried(
@@ -344,6 +364,12 @@ def _check(subject: Subject, folder: Path, keep_accuracy: float) -> None:
     if (folder / "compress.json").exists() or (folder / "run.json").exists():
         raise StoreError(
             f"{folder} holds a run or a compressed model already; choose another --out."
+        )
+    if subject.compressed:
+        raise StoreError(
+            f"{subject.name} is compressed already, and what sterna compress writes is described relative to "
+            "the original. Compress the original again, or combine methods in Python with "
+            "sterna.procedures.sparsify(objective=...) and sterna.procedures.lowrank."
         )
     merit = getattr(subject.data, "merit", None)
     if merit is not None and merit.name != "accuracy":

@@ -72,9 +72,14 @@ def conclusion(outcome: "Outcome") -> list[str]:
     ]
     if s.get("times_faster"):
         threads = "one thread" if s["threads"] == 1 else f"{s['threads']} threads"
+        spread = f"quartiles {s['times_faster_low']:.2f} to {s['times_faster_high']:.2f}"
+        shown = not s["times_faster_low"] <= 1 <= s["times_faster_high"]
+        faster = (
+            f"{s['times_faster']:.2f} times as fast" if shown else "No difference in time shown"
+        )
         found.append(
-            f"{s['times_faster']:.2f} times as fast in {_engine(s['engine'])} at batch {s['batch']} on "
-            f"{threads}: {_ms(s['seconds'])} ms instead of {_ms(s['seconds_dense'])} ms."
+            f"{faster} in {_engine(s['engine'])} at batch {s['batch']} on {threads} ({spread}): "
+            f"{_ms(s['seconds'])} ms, and {_ms(s['seconds_dense'])} ms before."
         )
     return found
 

@@ -66,6 +66,16 @@ class Compressor(Protocol):
         ...
 
 
+def _labels(values: Sequence[float], write: Callable[[float, int], str]) -> list[str]:
+    """A label for each value, with as many more digits as it takes to tell them apart."""
+    found: list[str] = []
+    for more in range(16):
+        found = [write(value, more) for value in values]
+        if len(set(found)) == len(found):
+            break
+    return found
+
+
 def _shares(who: str, shares: Sequence[float]) -> None:
     if not shares or not all(0 < share < 1 for share in shares):
         raise ValueError(
@@ -111,7 +121,9 @@ class Ssl:
                 f"Ssl: depth must be 0 for {type(model).__name__}: it has no residual block that passes "
                 f"its input on; got {self.depth!r}."
             )
-        for strength in sorted(self.strengths or self._usual(training)):
+        strengths = sorted(set(self.strengths or self._usual(training)))
+        labels = _labels(strengths, lambda s, more: f"strength {s:.{2 + more}g}")
+        for strength, label in zip(strengths, labels, strict=True):
             with _noted() as notes:
                 small, report = sparsify(
                     model,
@@ -125,7 +137,6 @@ class Ssl:
                     finetune_rate=self.rate,
                 )
             changed = report.parameters_after < report.parameters_before
-            label = f"strength {strength:.2g}"
             found = report.finetuned.accuracy
             yield _described(label, small, found, report.description, changed, notes)
 
@@ -169,7 +180,9 @@ class Magnitude:
     def candidates(self, model: nn.Module, training: Training) -> Iterator[Candidate]:
         """One for each share."""
         lengths = Structures.of(model, training.example).norms(model)
-        for share in sorted(self.shares, reverse=True):
+        shares = sorted(set(self.shares), reverse=True)
+        labels = _labels(shares, lambda s, more: f"{s:.{more}%} of units")
+        for share, label in zip(shares, labels, strict=True):
             keep = {
                 name: norms.argsort(descending=True)[: math.ceil(share * len(norms))].tolist()
                 for name, norms in lengths.items()
@@ -179,7 +192,6 @@ class Magnitude:
                 training.settle(small)
                 training.fit(small, self.finetune_epochs, phase="finetune", rate=self.rate)
             found = training.judge(small).accuracy
-            label = f"{share:.0%} of units"
             yield _described(label, small, found, report.description, bool(report.widths), notes)
 
 
@@ -217,10 +229,12 @@ class LowRank:
 
     def candidates(self, model: nn.Module, training: Training) -> Iterator[Candidate]:
         """One for each share that can be met."""
+        shares = sorted(set(self.shares), reverse=True)
+        labels = _labels(shares, lambda s, more: f"{s:.{more}%} of work")
         found = lowrank.front(
             model,
             training,
-            multiply_adds=self.shares,
+            multiply_adds=shares,
             force=self.force * Force(linear=True, mean=True) if self.force else None,
             epochs=self.epochs,
             rate=self.rate,
@@ -229,7 +243,7 @@ class LowRank:
             multiple_of=self.round_to,
             finetune_rate=self.rate,
         )
-        for num, share in enumerate(sorted(self.shares, reverse=True)):
+        for num, label in enumerate(labels):
             with _noted() as notes:
                 try:
                     small, report = next(found)
@@ -239,7 +253,7 @@ class LowRank:
                     return
             factored = {name: (rank, self.form) for name, rank in report.cut.ranks.items()}
             yield _described(
-                f"{share:.0%} of work",
+                label,
                 small,
                 report.finetuned.accuracy,
                 Description(factored=factored),

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from sterna.runs.recorder import _UNKNOWN
+from sterna.runs.multiply_adds import UNKNOWN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ def kept_by_layer(dense: nn.Module, small: nn.Module, example: torch.Tensor) -> 
 def _costs(model: nn.Module, example: torch.Tensor) -> dict[str, int]:
     """Multiply-adds by module, with all that is in it."""
     root = type(model).__name__
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_UNKNOWN) as counter:
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=UNKNOWN) as counter:
         model.eval()(example.clone())
     counts = counter.get_flop_counts()
     return {

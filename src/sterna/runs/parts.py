@@ -26,11 +26,6 @@ def asynchronous(run: Run, request: Request) -> Run:
     setting = request.setting or Setting()
     if run.server is not None:
         admission = run.server.admission
-        if run.clip_norm is not None:
-            raise ValueError(
-                f"{request.experiment}: clip_norm is for synchronous training; got {run.clip_norm} beside a "
-                "server, whose workers shorten their gradients by Server(clip=...)."
-            )
         if isinstance(admission, Synchronous) and admission.backups >= setting.workers:
             raise ValueError(
                 f"{request.experiment}: backups must be less than the {setting.workers} workers; got "

@@ -3,7 +3,6 @@
 import contextlib
 import datetime
 import json
-import math
 import os
 import resource
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,6 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from sterna.analysis.weight_entropy import WeightEntropy, weight_entropy
 from sterna.data.merit import MERITS
@@ -29,6 +27,7 @@ from sterna.runs.files import (
     write_json,
     write_whole,
 )
+from sterna.runs.multiply_adds import multiply_adds
 from sterna.runs.request import Request
 from sterna.runs.run import Run
 from sterna.runs.tensorboard import TensorBoard
@@ -307,35 +306,3 @@ def plain_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """An experiment's arguments as they stand in ``run.json``; paths are strings."""
     plain: dict[str, Any] = json.loads(json.dumps(dict(arguments), default=str))
     return plain
-
-
-def _lstm_flops(inputs: Any, to_gates: Any, from_units: Any, *rest: Any, **named: Any) -> int:
-    """Of one layer in one direction: a multiply-add for every weight of the gates and every word."""
-    words: int = inputs[0] * inputs[1]
-    weights: int = math.prod(to_gates) + math.prod(from_units)
-    return 2 * words * weights
-
-
-_UNKNOWN: dict[Any, Any] = {torch.ops.aten.mkldnn_rnn_layer: _lstm_flops}
-"""Operators that torch's counter leaves out."""
-
-
-def multiply_adds(model: nn.Module, example: torch.Tensor) -> int:
-    """Multiply-adds of one forward pass on ``example``, shape (1, ...), counted on the operators run.
-
-    Raises:
-        ValueError: the model does not take such an example.
-    """
-    was_training, device = model.training, next(model.parameters()).device
-    model.eval()
-    try:
-        with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_UNKNOWN) as counter:
-            # A copy: the counter keeps what it saw, and a view would keep the whole data set.
-            model(example.to(device, copy=True))
-    except RuntimeError as error:
-        raise ValueError(
-            f"{type(model).__name__} does not take inputs of shape {tuple(example.shape)} and type "
-            f"{example.dtype}: {error}"
-        ) from error
-    model.train(was_training)
-    return int(counter.get_total_flops()) // 2

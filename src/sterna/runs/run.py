@@ -13,6 +13,7 @@ from sterna.objectives.cross_entropy import CrossEntropy
 from sterna.replica import require_clip_norm
 from sterna.schedules import Constant
 from sterna.seams import Exchange, Objective
+from sterna.server.admission import Synchronous
 from sterna.server.server import Server
 
 
@@ -37,7 +38,8 @@ class Run:
             None: as they are. A server's workers shorten theirs by ``Server(clip=...)`` instead.
 
     Raises:
-        ValueError: a count is below 1, or ``clip_norm`` is out of range.
+        ValueError: a count is below 1, or ``clip_norm`` is out of range or beside a server that does not
+            wait for all.
     """
 
     data: Dataset
@@ -56,6 +58,12 @@ class Run:
             if getattr(self, name) < 1:
                 raise ValueError(f"Run: {name} must be at least 1; got {getattr(self, name)}.")
         require_clip_norm("Run", self.clip_norm)
+        rules = self.server
+        if rules and self.clip_norm is not None and not isinstance(rules.admission, Synchronous):
+            raise ValueError(
+                f"Run: clip_norm must be None beside a server; got {self.clip_norm}. No gradient is agreed "
+                "on: Server(clip=...) lets its workers shorten theirs."
+            )
 
     @property
     def method(self) -> str:

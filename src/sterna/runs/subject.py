@@ -43,6 +43,7 @@ class Subject:
         data: the whole data set.
         training: how phases train and judge it, on ``data``.
         original: how a fresh one is built, as plain values for ``original.json``.
+        compressed: whether the weights are of a shrunk, factored or packed model already.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Subject:
     data: Dataset
     training: Training
     original: Mapping[str, Any]
+    compressed: bool = False
 
     @property
     def example(self) -> Tensor:
@@ -157,6 +159,7 @@ def _fresh_of_run(request: Request, original: Mapping[str, Any]) -> Subject:
         objective=run.objective,
         schedule=run.schedule,
         batch_size=run.batch_size,
+        clip_norm=run.clip_norm,
         seed=request.seed,
     )
     name = f"{request.experiment}, seed {request.seed}"
@@ -255,4 +258,5 @@ def _filled(subject: Subject, weights: Path) -> Subject:
         data=subject.data,
         training=subject.training,
         original=subject.original,
+        compressed="sterna.shrunk" in about or "packed" in about,
     )

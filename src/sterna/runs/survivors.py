@@ -14,7 +14,9 @@ of the last round that all have ended: a round is taken back where some have not
 An evaluation or a checkpoint in which a worker dies is done again with the step before it.
 
 `keep` copies a small state after every step, a large one every few steps: a step for every MiB of
-weights. A step that was not kept is done again, which costs time, not bits.
+weights; and `sterna.runs.worker` whatever its size when a checkpoint is written. So what is done again are
+the steps since the last copy, never more than since the last checkpoint that all have ended. That costs
+time, not bits.
 """
 
 import json

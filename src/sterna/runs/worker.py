@@ -17,6 +17,7 @@ from sterna.replica import Replica
 from sterna.runs import checkpoint, survivors
 from sterna.runs.progress import Progress
 from sterna.runs.recorder import Recorder, resident_bytes
+from sterna.runs.rehearsal import rehearse
 from sterna.runs.request import Request, build
 from sterna.runs.run import Run
 from sterna.samplers.shuffle import Shuffle
@@ -32,6 +33,7 @@ def work(comm: Comm, request: Request, run: Run | None = None) -> dict[str, Any]
         PeerLost: another worker failed.
     """
     run = run or build(request)
+    rehearse(run.exchange)
     with isolated(request.seed, "global", comm.rank):
         worker = _Worker(comm, request, run)
         try:
@@ -62,6 +64,13 @@ class _Worker:
             seed=request.seed,
         )
         steps = run.epochs * len(self.sampler)
+        every = getattr(run.exchange, "every", 1)  # of exchanges that meet in rounds
+        if every > steps:
+            raise ValueError(
+                f"{request.experiment}: every must be at most the {steps} steps of the run; got {every}. "
+                "The workers would never meet, and the weights they agreed on stay as they began: meet "
+                "more often, or train for more epochs."
+            )
         self.replica = Replica(
             self.model, optimizer, lambda step: run.schedule(step / steps), run.clip_norm
         )
@@ -115,12 +124,14 @@ class _Worker:
                 if ends_epoch:
                     self._evaluate(progress, epoch=record.epoch + 1)
                 every = request.checkpoint_every or len(self.sampler)
-                if record.step % every == 0:
+                saves = record.step % every == 0
+                if saves:
                     self.recorder.flush()
                     with comm.ledger.paused():  # no worker is ahead of the others when it saves
                         comm.max_(torch.zeros(1))
                     checkpoint.save(saved, *own, comm)
-                if survivors.is_due(comm, replica):
+                # Never older than the newest checkpoint, which a worker that goes back would forget.
+                if saves or survivors.is_due(comm, replica):
                     self.recorder.flush()  # what is kept is not done again, so its rows are written
                     survivors.keep(comm, *own)
         return self._finish()

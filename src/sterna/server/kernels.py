@@ -6,31 +6,20 @@ devices go the way of plain torch.
 """
 # mypy: disable-error-code="no-untyped-def"
 
-from collections.abc import Callable
-from typing import Any
-
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
-
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    compiled: Callable[..., Any]
-    try:
-        compiled = numba.njit(cache=True, nogil=True, error_model="numpy")(function)
-    except RuntimeError:  # nowhere to write the cache: compile once per process instead
-        compiled = numba.njit(nogil=True, error_model="numpy")(function)
-    return compiled
+from sterna.compiled import compiled
 
 
-@_compiled
+@compiled(error_model="numpy")
 def _compensate(g, w, backup, strength):
     for i in range(g.shape[0]):
         g[i] = g[i] + strength * (g[i] * (g[i] * (w[i] - backup[i])))
 
 
-@_compiled
+@compiled(error_model="numpy")
 def _compensate_adaptively(g, w, backup, v, decay, rest, strength, epsilon):
     for i in range(g.shape[0]):
         x = g[i]
@@ -39,7 +28,7 @@ def _compensate_adaptively(g, w, backup, v, decay, rest, strength, epsilon):
         g[i] = x + strength * (x * (x * (w[i] - backup[i]) / np.sqrt(square + epsilon)))
 
 
-@_compiled
+@compiled(error_model="numpy")
 def _mean_square(g, v, decay, rest):
     for i in range(g.shape[0]):
         v[i] = decay * v[i] + rest * (g[i] * g[i])

@@ -27,7 +27,8 @@ class Server:
             worker, before it travels and is corrected.
 
     Raises:
-        ValueError: ``clip`` is out of range, or ``pull`` has a memory of its own.
+        ValueError: ``clip`` is out of range, ``pull`` has a memory of its own, or a codec's messages
+            change their form, as those of `sterna.codecs.WarmUp` do.
     """
 
     admission: Admission = field(default_factory=Async)
@@ -37,6 +38,13 @@ class Server:
     clip: float | None = None
 
     def __post_init__(self) -> None:
+        for name, codec in (("codec", self.codec), ("pull", self.pull)):
+            if _changes_form(codec):
+                raise ValueError(
+                    f"Server: {name} must make messages of one form; got {codec!r}, whose first messages "
+                    "have another than the later ones, and a session's memory is laid out once. Give the "
+                    "codec without its warm-up."
+                )
         if self.pull is not None and self.pull.init({"w": torch.zeros(1)}):
             raise ValueError(
                 f"Server: pull must be a codec without a memory; got {self.pull!r}. Each message carries "
@@ -45,3 +53,12 @@ class Server:
         if self.clip is not None:
             way_out = "None does not clip; 1.0 is usual."
             require.number("Server", "clip", self.clip, lambda x: x > 0, "above 0 or None", way_out)
+
+
+def _changes_form(codec: object) -> bool:
+    """Whether a codec, or one that it wraps, says that its messages change their form."""
+    while codec is not None:
+        if getattr(codec, "changes_form", False):
+            return True
+        codec = getattr(codec, "inner", None)
+    return False
