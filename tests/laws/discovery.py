@@ -98,7 +98,8 @@ def wrappers(package: str) -> tuple[type, ...]:
         if inspect.isclass(value)
         and value.__module__ == name
         and dataclasses.is_dataclass(value)
-        and any(field.name == "inner" and field.kw_only for field in dataclasses.fields(value))
+        and value.__dataclass_params__.kw_only
+        and any(field.name == "inner" for field in dataclasses.fields(value))
     )
 
 

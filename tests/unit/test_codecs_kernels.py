@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import sterna.compiled
 from sterna.codecs import kernels, portable
 from sterna.randomness import generator
 
@@ -145,5 +146,5 @@ def test_kernels_work_where_no_cache_can_be_written(monkeypatch):
             raise RuntimeError("cannot cache function: no locator available")
         return lambda function: function
 
-    monkeypatch.setattr(kernels.numba, "njit", refuse)
-    assert kernels._compiled()(len)([1, 2]) == 2
+    monkeypatch.setattr(sterna.compiled.numba, "njit", refuse)
+    assert sterna.compiled.compiled()(len)([1, 2]) == 2
