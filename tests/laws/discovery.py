@@ -90,7 +90,7 @@ def _needed(wrapper: type) -> dict[str, int]:
 
 @cache
 def wrappers(package: str) -> tuple[type, ...]:
-    """The keyword-only dataclasses of a package that take another method as ``inner``."""
+    """The dataclasses of a package that users wrap around another method, their ``inner``."""
     return tuple(
         value
         for name, module in modules_of(package).items()
@@ -98,8 +98,10 @@ def wrappers(package: str) -> tuple[type, ...]:
         if inspect.isclass(value)
         and value.__module__ == name
         and dataclasses.is_dataclass(value)
-        and value.__dataclass_params__.kw_only
-        and any(field.name == "inner" for field in dataclasses.fields(value))
+        and any(
+            field.name == "inner" and (field.kw_only or package == "codecs")
+            for field in dataclasses.fields(value)
+        )
     )
 
 
