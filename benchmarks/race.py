@@ -198,8 +198,8 @@ def main() -> None:
         "the target on the shaped link. Steps: >N where a seed did not reach the target in N steps. Rates "
         "are chosen on held-out examples with a seed of their own; PowerSGD of ranks 1 and 4 take the rate "
         "of rank 2, local steps with ternaries that of every 16. The fp16 hook takes the steps of fp32, "
-        "dense ternaries those of TernGrad, plain local steps those of torch's averager. The rate falls to 0 over "
-        "1024 steps, and over 1280 or 1536 where a seed did not reach the target in those. Steps were "
+        "dense ternaries those of TernGrad, plain local steps those of torch's averager. The rate falls to "
+        "0 over 1024 steps, and over 1280 or 1536 where a seed did not reach the target in those. Steps were "
         "counted by earlier commits of the same day. All workers and links on one machine.",
     )
 
