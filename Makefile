@@ -38,7 +38,7 @@ types: $(READY)
 	$(BIN)/mypy
 
 claims: $(READY)
-	$(BIN)/pytest -m slow tests/claims -s
+	$(BIN)/pytest -m slow tests -s
 
 bench: $(READY)
 	$(BIN)/python benchmarks/codecs.py

@@ -165,6 +165,7 @@ def workers_of(pid: int) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 def test_twenty_kills(folder: Path) -> None:
     """Any worker at any time: the run ends as if nothing had been."""
     flags = ["--max-restarts", "20", "--epochs", "8", "--checkpoint-every", "50"]

@@ -98,6 +98,7 @@ def test_killed_workers_change_no_bit(tmp_path: Path, quiet: Callable[[str], Pat
         assert changes == [k == lost for k in range(3)], "the others live on, in their processes"
 
 
+@pytest.mark.slow
 def test_a_kill_between_two_collectives_of_a_step_and_one_of_the_replacement(
     tmp_path: Path, quiet: Callable[[str], Path]
 ) -> None:
@@ -107,6 +108,7 @@ def test_a_kill_between_two_collectives_of_a_step_and_one_of_the_replacement(
     assert_equal(tmp_path, quiet("terngrad"))
 
 
+@pytest.mark.slow
 def test_kills_beside_the_steps_change_no_bit(tmp_path: Path, quiet: Callable[[str], Path]) -> None:
     """Before the start, while keeping, in a checkpoint, and while rows are written."""
     fates = (
@@ -119,6 +121,7 @@ def test_kills_beside_the_steps_change_no_bit(tmp_path: Path, quiet: Callable[[s
     assert_equal(tmp_path, quiet("error_feedback"))
 
 
+@pytest.mark.slow
 def test_killed_and_stopped_workers_change_no_bit_where_replicas_differ(
     tmp_path: Path, quiet: Callable[[str], Path]
 ) -> None:
