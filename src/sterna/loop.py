@@ -5,7 +5,6 @@
 `fit` is an iterator of records: the caller decides what to print, when to evaluate, save or stop.
 """
 
-import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from sterna.activations import kept_for_backward
-from sterna.comm.agreement import agree
+from sterna.comm.agreement import agree, told
 from sterna.comm.solo import Solo
 from sterna.exchange.all_reduce import AllReduce
 from sterna.flat import Layout
@@ -97,8 +96,8 @@ def fit(
     comm = comm or Solo()
     streams = streams or Streams.start(replica, exchange, seed, comm.rank)
     if comm.size > 1:  # found out now, named; later it would be a wrong sum, or a wait in vain
-        said = re.sub(r" at 0x[0-9a-f]+", "", repr(exchange))
-        agree(comm, "the exchange or the model", f"{said} for {Layout.of(replica.parameters)!r}")
+        said = f"{told(exchange)} for {Layout.of(replica.parameters)!r}"
+        agree(comm, "the exchange or the model", said)
     ledger, measure = comm.ledger, True
     replica.clear()
     while sampler.epoch < epochs:

@@ -12,6 +12,8 @@ from sterna.comm.in_process import run_in_process
 from sterna.comm.solo import Solo
 from sterna.data import Dataset
 from sterna.evaluation import evaluate
+from sterna.exchange.weights import assign
+from sterna.flat import Flat
 from sterna.loop import Streams, fit
 from sterna.objectives import CrossEntropy
 from sterna.randomness import isolated
@@ -129,9 +131,8 @@ def _worker(
             tell(record.step, model)
             bits.append(comm.ledger.spent().bits_sent)
     own = evaluate(model, task.data.test, Solo())[1]
-    with torch.no_grad():
-        for name, x in streams.state.get("anchor", {}).items():
-            replica.parameters[name].copy_(x)
+    if "anchor" in streams.state:
+        assign(replica, Flat.of(streams.state["anchor"]))
     agreed = evaluate(model, task.data.test, Solo())[1] if comm.rank == 0 else own
     return Trained(
         accuracy=agreed,

@@ -20,7 +20,8 @@ from sterna.models import MLP, ResNet
 from sterna.procedures.training import Training
 from sterna.randomness import isolated
 from sterna.runs import compressors
-from sterna.runs.compress import Bench, best_reached, compress
+from sterna.runs.compress import Bench, compress
+from sterna.runs.compressed_report import best_reached
 from sterna.runs.files import StoreError
 from sterna.runs.kept import kept_by_layer
 from sterna.runs.request import Request

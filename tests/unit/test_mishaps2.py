@@ -192,9 +192,12 @@ def test_after_a_recall_only_what_all_hold_is_left(monkeypatch: Any) -> None:
 
 
 def test_a_result_that_does_not_pickle_is_told_as_an_error() -> None:
-    said = launch_module._ended_with(lambda: 1)
+    ours, theirs = multiprocessing.Pipe()
+    said = launch_module._end(theirs, launch_module.Outcome(result=lambda: 1))
     assert said.error is not None and "result of the worker must pickle; got function" in said.error
-    assert launch_module._ended_with([1.0]).result == [1.0]
+    assert ours.recv() == said
+    launch_module._end(theirs, launch_module.Outcome(result=[1.0]))
+    assert ours.recv().result == [1.0]
 
 
 def test_finite_or_not_in_one_reading() -> None:

@@ -24,13 +24,14 @@ Cost per step: the inner codec's bits; one decode and two passes over the gradie
     not use) and where workers come and go: a worker that leaves takes its residual with it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from sterna.codecs.form import decode_mean, empty
+from sterna.codecs.slots import put, take
 from sterna.flat import Flat, Named
 from sterna.seams import Codec, Comm, Message, State
 
@@ -96,7 +97,7 @@ class ErrorFeedback:
 
     @staticmethod
     def _state(residual: Named, inner: State) -> State:
-        return {"residual": residual, **{_INNER + slot: named for slot, named in inner.items()}}
+        return {"residual": residual, **put(_INNER, inner)}
 
     def encode(
         self, named: Named, state: State, comm: Comm, rng: torch.Generator
@@ -113,10 +114,7 @@ class ErrorFeedback:
         # Memory of its own: the message may alias x, and must not change with the residual.
         x = Flat(flat.layout, empty(len(old), old.dtype, old.device))
         torch.add(flat.buffer, old, alpha=self.decay, out=x.buffer)
-        inner_state: Mapping[str, Named] = {
-            slot.removeprefix(_INNER): kept for slot, kept in state.items() if slot != "residual"
-        }
-        message, inner_state = self.inner.encode(x, inner_state, comm, rng)
+        message, inner_state = self.inner.encode(x, take(_INNER, state), comm, rng)
         sent = Flat.of(self.inner.decode(message, x)).buffer
         rest = Flat(x.layout, torch.sub(x.buffer, sent, out=old))
         if not whole:

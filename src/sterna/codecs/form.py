@@ -1,6 +1,6 @@
 """What a decoder goes by: the layout it must produce, and the sizes a message must then have."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -65,9 +65,14 @@ def decode_mean(codec: Codec, messages: Sequence[Message], like: Named) -> Flat:
     """Mean of what the messages say, in their order; in the codec's own faster way where it has one."""
     if isinstance(codec, Averaging):
         return Flat.of(codec.decode_mean(messages, like))
-    first, *others = (Flat.of(codec.decode(message, like)) for message in messages)
-    mean = first.clone()
-    for other in others:
+    return mean_of_decoded(Flat.of(codec.decode(message, like)) for message in messages)
+
+
+def mean_of_decoded(decoded: Iterable[Flat]) -> Flat:
+    """Mean of at least one, added in their order; one beside the mean is held at a time."""
+    count, rest = 1, iter(decoded)
+    mean = next(rest).clone()
+    for count, other in enumerate(rest, start=2):  # noqa: B007 (the last count is wanted)
         mean.buffer.add_(other.buffer)
-    mean.buffer.div_(len(messages))
+    mean.buffer.div_(count)
     return mean

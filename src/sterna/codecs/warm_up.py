@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from sterna.codecs.finite import largest
-from sterna.codecs.form import Form, decode_mean, expect
+from sterna.codecs.form import Form, decode_mean, expect, mean_of_decoded
+from sterna.codecs.slots import put, take
 from sterna.flat import Flat, Named
 from sterna.seams import Codec, Comm, Message, State
 
@@ -94,7 +95,7 @@ class WarmUp:
         """Nothing sent, and the codecs' states."""
         sent = Flat.of({name: torch.zeros((), dtype=torch.int64) for name in like})
         first = {} if self.first is None else self.first.init(like)
-        return {"sent": sent, **_put(_INNER, self.inner.init(like)), **_put(_FIRST, first)}
+        return {"sent": sent, **put(_INNER, self.inner.init(like)), **put(_FIRST, first)}
 
     def encode(
         self, named: Named, state: State, comm: Comm, rng: torch.Generator
@@ -114,8 +115,8 @@ class WarmUp:
             message = Message({_FIRST + "values": flat.buffer}, summable=True)
         else:
             codec, slot = (self.first, _FIRST) if begins and self.first else (self.inner, _INNER)
-            message, kept = codec.encode(named, _take(slot, state), comm, rng)
-            slots.update(_put(slot, kept))
+            message, kept = codec.encode(named, take(slot, state), comm, rng)
+            slots.update(put(slot, kept))
             buffers = {_named(name, begins): x for name, x in message.buffers.items()}
             summable = codec.summable or message.summable
             message = Message(buffers, ragged=message.ragged, summable=summable)
@@ -174,21 +175,7 @@ class WarmUp:
         codec, bare = self._parts(messages)
         if codec is not None:
             return decode_mean(codec, bare, like)
-        mean = _plain(bare[0], like).clone()
-        for other in bare[1:]:
-            mean.buffer.add_(_plain(other, like).buffer)
-        mean.buffer.div_(len(bare))
-        return mean
-
-
-def _put(prefix: str, state: State) -> dict[str, Named]:
-    return {prefix + slot: named for slot, named in state.items()}
-
-
-def _take(prefix: str, state: State) -> State:
-    return {
-        slot.removeprefix(prefix): named for slot, named in state.items() if slot.startswith(prefix)
-    }
+        return mean_of_decoded(_plain(message, like) for message in bare)
 
 
 def _named(name: str, begins: bool) -> str:

@@ -142,7 +142,7 @@ def _child(rank: int, task: _Task, store: Path, pipe: Connection, kept: "Kept | 
             store = Path(pipe.recv_bytes().decode())
         except (EOFError, OSError):  # nobody is replaced any more
             os._exit(1)
-    _say(pipe, said)
+    said = _end(pipe, said)
     pipe.close()
     if said.error is not None:
         # A broken group can hang in its destructor; everything worth keeping is on disk.
@@ -160,7 +160,7 @@ def _attempt(
         comm = Member.join(rank, task.size, store, task.timeout_s, kept)
         _say(pipe, Joined())
         result = task.worker(comm, *task.args)
-        return _ended_with(result if rank == 0 else None)
+        return Outcome(result=result if rank == 0 else None)
     except Exception as error:
         if _lost_contact(error):
             return Lost(str(error))
@@ -189,21 +189,24 @@ def _leave() -> None:
         dist.destroy_process_group()
 
 
-def _say(pipe: Connection, said: Joined | Lost | Outcome) -> None:
-    # Plain pickle: torch's own would pass tensors as handles into a process that is about to end.
+def _say(pipe: Connection, said: Joined | Lost) -> None:
     pipe.send_bytes(pickle.dumps(said))
 
 
-def _ended_with(result: Any) -> Outcome:
-    """An outcome that can be said."""
+def _end(pipe: Connection, said: Outcome) -> Outcome:
+    """Send how it ended, or that the result does not pickle; returns what was sent."""
     try:
-        pickle.dumps(result)
+        # Plain pickle: torch's own would pass tensors as handles into a process that is about to end.
+        whole = pickle.dumps(said)
     except Exception as error:
-        return Outcome(
-            error=f"launch: the result of the worker must pickle; got {type(result).__name__} ({error}). "
+        kind = type(said.result).__name__
+        said = Outcome(
+            error=f"launch: the result of the worker must pickle; got {kind} ({error}). "
             "Return numbers, texts, tensors, or what an importable module defines."
         )
-    return Outcome(result=result)
+        whole = pickle.dumps(said)
+    pipe.send_bytes(whole)
+    return said
 
 
 def explains_itself(error: BaseException) -> bool:

@@ -26,16 +26,16 @@ Cost per step: 1/H of what `AllReduce` sends with the same codec; one pass over 
     training, and between averages: the replicas differ, so evaluate and save after an average.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 
 from sterna.codecs.identity import Identity
+from sterna.codecs.slots import put, take
 from sterna.exchange.alone import step_alone
 from sterna.exchange.two_phase import mean
 from sterna.exchange.weights import assign, packed
-from sterna.flat import Flat, Named
+from sterna.flat import Flat
 from sterna.replica import Replica
 from sterna.seams import Codec, Comm, State
 
@@ -113,7 +113,7 @@ class ModelAverage:
         """The weights as they are now, which every worker must share, and the codec's state."""
         anchor = packed(replica)
         momentum = {"outer_momentum": Flat.zeros_like(anchor)} if self.outer_momentum else {}
-        return _state({"anchor": anchor, **momentum}, self.codec.init(anchor))
+        return {"anchor": anchor, **momentum, **put(_CODEC, self.codec.init(anchor))}
 
     def __call__(self, replica: Replica, state: State, comm: Comm, rng: torch.Generator) -> State:
         """One local step; at every H-th, Eq. (1) to (5).
@@ -128,12 +128,7 @@ class ModelAverage:
             return state
         anchor, weights = Flat.of(state["anchor"]), packed(replica)
         come = Flat(anchor.layout, torch.sub(anchor.buffer, weights.buffer, out=weights.buffer))
-        inner: State = {
-            slot.removeprefix(_CODEC): kept
-            for slot, kept in state.items()
-            if slot.startswith(_CODEC)
-        }
-        average, inner = mean(come, self.codec, inner, comm, rng)
+        average, inner = mean(come, self.codec, take(_CODEC, state), comm, rng)
         outer, step = {"anchor": anchor}, average.buffer
         if self.outer_momentum:
             velocity = outer["outer_momentum"] = Flat.of(state["outer_momentum"])
@@ -142,11 +137,7 @@ class ModelAverage:
             step = ahead if self.nesterov else velocity.buffer
         anchor.buffer.sub_(step, alpha=self.outer_lr)
         assign(replica, anchor)
-        return _state(outer, inner)
-
-
-def _state(own: Mapping[str, Named], inner: State) -> State:
-    return {**own, **{_CODEC + slot: named for slot, named in inner.items()}}
+        return {**outer, **put(_CODEC, inner)}
 
 
 EXAMPLES = (

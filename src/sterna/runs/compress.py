@@ -27,7 +27,9 @@ from sterna.export.onnx import onnx_bytes, require_packages
 from sterna.export.runtime import ExportError
 from sterna.export.timing import Engine, Timing, Timings, time_models
 from sterna.randomness import generator
+from sterna.runs.compressed_report import page
 from sterna.runs.compressors import Candidate, Compressor, control_of, stored_bits
+from sterna.runs.figures import percent
 from sterna.runs.files import StoreError, write_json, write_whole
 from sterna.runs.kept import Layer, kept_by_layer
 from sterna.runs.multiply_adds import multiply_adds
@@ -160,7 +162,7 @@ def compress(
         cautions.append(f"{error} There is no model.onnx, and times are torch's.")
     reached = training.judge(dense).accuracy
     least = reached - keep_accuracy / 100 - 1e-9
-    say(f"dense: {_percent(reached)} on {len(training.data.test)} validation examples")
+    say(f"dense: {percent(reached)} on {len(training.data.test)} validation examples")
     candidates: list[Candidate] = []
     misses = 0
     for found in compressor.candidates(dense, training):
@@ -169,7 +171,7 @@ def compress(
         )
         candidates.append(candidate)
         left = sum(p.numel() for p in candidate.model.parameters()) / _count(dense)
-        say(f"{candidate.label}: {_percent(candidate.accuracy)}, {left:.1%} of the parameters")
+        say(f"{candidate.label}: {percent(candidate.accuracy)}, {left:.1%} of the parameters")
         misses = 0 if candidate.accuracy >= least else misses + 1
         if misses == 2 and not compressor.by_size:
             say("two in a row lose too much: what is more compressed is not tried")
@@ -247,34 +249,10 @@ def compress(
         cautions=tuple(cautions),
     )
     write_json(folder / "candidates.json", {"candidates": [vars(t) for t in tried]})
-    from sterna.runs.compressed_report import page
-
     text = page(outcome)
     write_whole(folder / "report.html", lambda beside: _write(beside, text))
     write_json(folder / "compress.json", summary)  # last: it says that the rest is whole
     return outcome
-
-
-def best_reached(outcome: Outcome) -> str:
-    """One sentence for a target that was not met: the candidate that came nearest."""
-    summary = outcome.summary
-    kept = (
-        f"{summary['keep_accuracy']:g} points of {_percent(summary['validation_accuracy_dense'])}"
-    )
-    real = [t for t in outcome.tried if t.multiply_adds < summary["multiply_adds_dense"]]
-    real = real or [t for t in outcome.tried if t.bits < summary["model_bits_dense"]]
-    if not real:
-        return (
-            f"No candidate removed anything, so nothing is within {kept}; raise --strength or --epochs, or "
-            "lower --multiple-of."
-        )
-    nearest = max(real, key=lambda t: t.accuracy)
-    lost = 100 * (summary["validation_accuracy_dense"] - nearest.accuracy)
-    return (
-        f"No candidate stays within {kept} on the validation examples. The nearest, {nearest.label}, has "
-        f"{_percent(nearest.accuracy)}, {lost:.2f} points less. Allow more with --keep-accuracy, or train "
-        "longer with --finetune-epochs."
-    )
 
 
 def _free(label: str, taken: Sequence[str]) -> str:
@@ -381,10 +359,6 @@ def _check(subject: Subject, folder: Path, keep_accuracy: float) -> None:
 
 def _count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.2f} %"
 
 
 def _write(path: Path, text: str) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from sterna.export.timing import TITLES, Timings
 from sterna.runs import figures
 from sterna.runs.charts import BOTTOM, HEIGHT, LEFT, MARKERS, RIGHT, TOP, WIDTH, Bar, bar_chart
+from sterna.runs.figures import percent
 from sterna.runs.scales import Scale, around
 
 if TYPE_CHECKING:
@@ -57,16 +58,14 @@ def conclusion(outcome: "Outcome") -> list[str]:
     """Sentences for the head of the page and the terminal."""
     s = outcome.summary
     if not outcome.met:
-        from sterna.runs.compress import best_reached
-
         return [best_reached(outcome)]
     lost = 100 * (s["accuracy_dense"] - s["accuracy"])
     change = (
         f"{abs(lost):.2f} points {'less' if lost > 0 else 'more'} than" if lost else "as much as"
     )
     found = [
-        f"Test accuracy {_percent(s['accuracy'])}, {change} the dense model's "
-        f"{_percent(s['accuracy_dense'])}, with {_share(s['parameters'], s['parameters_dense'])} of the "
+        f"Test accuracy {percent(s['accuracy'])}, {change} the dense model's "
+        f"{percent(s['accuracy_dense'])}, with {_share(s['parameters'], s['parameters_dense'])} of the "
         f"parameters, {_share(s['multiply_adds'], s['multiply_adds_dense'])} of the multiply-adds and "
         f"{_share(s['model_bits'], s['model_bits_dense'])} of the storage."
     ]
@@ -82,6 +81,26 @@ def conclusion(outcome: "Outcome") -> list[str]:
             f"{_ms(s['seconds'])} ms, and {_ms(s['seconds_dense'])} ms before."
         )
     return found
+
+
+def best_reached(outcome: "Outcome") -> str:
+    """One sentence for a target that was not met: the candidate that came nearest."""
+    summary = outcome.summary
+    kept = f"{summary['keep_accuracy']:g} points of {percent(summary['validation_accuracy_dense'])}"
+    real = [t for t in outcome.tried if t.multiply_adds < summary["multiply_adds_dense"]]
+    real = real or [t for t in outcome.tried if t.bits < summary["model_bits_dense"]]
+    if not real:
+        return (
+            f"No candidate removed anything, so nothing is within {kept}; raise --strength or --epochs, or "
+            "lower --multiple-of."
+        )
+    nearest = max(real, key=lambda t: t.accuracy)
+    lost = 100 * (summary["validation_accuracy_dense"] - nearest.accuracy)
+    return (
+        f"No candidate stays within {kept} on the validation examples. The nearest, {nearest.label}, has "
+        f"{percent(nearest.accuracy)}, {lost:.2f} points less. Allow more with --keep-accuracy, or train "
+        "longer with --finetune-epochs."
+    )
 
 
 _Column = tuple[str, Callable[[Any], str], Callable[["Tried"], str]]
@@ -366,10 +385,6 @@ def _engine(name: str) -> str:
 
 def _ms(seconds: float) -> str:
     return figures.seconds(1e3 * seconds)
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.2f} %"
 
 
 def _share(after: float, before: float) -> str:

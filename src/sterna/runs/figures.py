@@ -83,6 +83,11 @@ def points(value: float, name: str | None, *, sign: bool = False) -> str:
     return _signed(text)
 
 
+def percent(share: float) -> str:
+    """A share of one, in per cent with two decimals."""
+    return f"{100 * share:.2f} %"
+
+
 def p_value(value: float | None) -> str:
     """Two digits; below a thousandth only that."""
     if value is None:

@@ -1,12 +1,12 @@
 """What is run: the value that an experiment returns."""
 
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
+from sterna.comm.agreement import told
 from sterna.data.examples import Dataset
 from sterna.exchange.all_reduce import AllReduce
 from sterna.objectives.cross_entropy import CrossEntropy
@@ -71,12 +71,9 @@ class Run:
         return repr(self.exchange if self.server is None else self.server)
 
     def methods(self) -> dict[str, str]:
-        """The repr of every method object, for ``run.json`` and for the workers' agreement.
-
-        Addresses in memory, which a lambda's repr holds, are left out: they differ between workers.
-        """
+        """The repr of every method object, for ``run.json`` and for the workers' agreement."""
         agreement = "exchange" if self.server is None else "server"
         parts = ["objective", agreement, "optimizer", "schedule", "epochs", "batch_size"]
         if self.clip_norm is not None:  # runs from before there was one may go on
             parts.append("clip_norm")
-        return {part: re.sub(r" at 0x[0-9a-f]+", "", repr(getattr(self, part))) for part in parts}
+        return {part: told(getattr(self, part)) for part in parts}
