@@ -37,8 +37,8 @@ def compress_command(arguments: list[str]) -> None:
     flags, _ = parse(CompressFlags, [], arguments, "sterna compress")
     check(flags)
     from sterna.export.onnx import require_packages
-    from sterna.runs.compress import Bench, best_reached, compress
-    from sterna.runs.compressed_report import conclusion
+    from sterna.runs.compress import Bench, compress
+    from sterna.runs.compressed_report import best_reached, conclusion
 
     _explained(require_packages)
 
