@@ -29,7 +29,7 @@ from sterna.seams import Exchange
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 EVERY = 4
-RATES = (0.025, 0.05)
+RATES = (0.025, 0.05, 0.1)
 SEEDS = 3
 EPOCHS = 2
 
@@ -45,6 +45,9 @@ ARMS: dict[str, Exchange] = {
     "core only 0.3": _slim(0.3, 0.0),
     "best responses 0.075": SlimDP(
         every=EVERY, core_ratio=0.0, explorer_ratio=0.075, explorer=BestResponse()
+    ),
+    "core 0.1, best responses 0.05": SlimDP(
+        every=EVERY, core_ratio=0.1, explorer_ratio=0.05, explorer=BestResponse()
     ),
 }
 AGAINST_RANDOM = (

@@ -120,6 +120,29 @@ def test_widths_are_rounded_up(training, dense) -> None:
     assert all(after % 4 == 0 for _, after in report.widths.values())
 
 
+@pytest.mark.parametrize("round_to", [1, 4])
+def test_a_target_is_met_with_the_least_that_must_go(training, dense, round_to: int) -> None:
+    options = {"strength": 0.01, "epochs": 1, "finetune_epochs": 0, "round_to": round_to}
+    small, report = sparsify(dense, training, multiply_adds=0.4, **options)
+    assert report.multiply_adds_after <= 0.4 * report.multiply_adds_before
+    assert couple(small, training.example).multiply_adds == report.multiply_adds_after
+    widths = {name: after for name, (_, after) in report.widths.items()}
+    assert all(after % round_to == 0 for after in widths.values())
+    _, more = sparsify(dense, training, multiply_adds=0.5, **options)
+    assert report.multiply_adds_after <= more.multiply_adds_after
+    assert more.multiply_adds_after <= 0.5 * more.multiply_adds_before
+    assert more.multiply_adds_after > 0.3 * more.multiply_adds_before, "more went than had to"
+
+
+def test_a_target_that_is_met_by_what_vanished_cuts_no_more(training, dense) -> None:
+    options = {"strength": 0.03, "epochs": 2, "finetune_epochs": 0}
+    plain, report = sparsify(dense, training, **options)
+    share = report.multiply_adds_after / report.multiply_adds_before
+    assert share < 1
+    again, _ = sparsify(dense, training, multiply_adds=min(0.999, share + 0.001), **options)
+    assert same(state(plain), state(again))
+
+
 def test_nothing_removed_is_said(training, dense) -> None:
     with pytest.warns(UserWarning, match=r"nothing was removed.*Raise strength \(1e-07\)"):
         small, report = sparsify(dense, training, strength=1e-7, epochs=1, finetune_epochs=0)
@@ -289,6 +312,8 @@ def test_hidden_units_of_an_lstm_go() -> None:
         ({"strength": 0.0}, "strength or depth must be above 0"),
         ({"depth": 1.0}, "depth must be 0 for Sequential: no residual block"),
         ({"epochs": 0}, "epochs must be at least 1"),
+        ({"multiply_adds": 1.0}, r"multiply_adds must be a share in \(0, 1\)"),
+        ({"multiply_adds": 1e-4}, "multiply_adds cannot be met: 0.0001 .* is left. Ask for more"),
         ({"vanished": 1.0}, r"vanished must lie in \[0, 1\)"),
         ({"layers": ("conv9",)}, "layers and exclude must fit a group or a block; got 'conv9'"),
         ({"factors": (("conv9", 1.0),)}, "factors must fit a group or a block; got 'conv9'"),

@@ -11,7 +11,7 @@ Differs from the paper: zeros are added after standardisation, so the border has
 Cost per step: three copies of the inputs in memory; no parameters, no traffic.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Shaped
@@ -46,7 +46,7 @@ class Augment(Composable):
                   [0., 0., 0.]]]])
     """
 
-    inner: Objective
+    inner: Objective = field(kw_only=False)
     flip: bool = True
     pad: int = 4
 

@@ -3,11 +3,12 @@
     1. W <- dense weights
     2. for some epochs:  W <- W - a grad E(W),  then for each unit g of each layer l
        w_g <- max(0, 1 - a s m_l / ||w_g||) w_g                                          (1)
-    3. units with ||w_g|| <= v m_l are cut out of all parameters; whole residual branches likewise
+    3. units with ||w_g|| <= v m_l are cut out of all parameters; whole residual branches likewise;
+       v is ``vanished``, or what it takes to leave no more than ``multiply_adds``
     4. for some more epochs:  W' <- W' - a grad E(W')
 
 Symbols: a learning rate (with momentum m: a / (1 - m)), s ``strength``, m_l mean length of the units of
-layer l that are not zero, taken anew at each epoch, v ``vanished``. A unit is all that must leave
+layer l that are not zero, taken anew at each epoch. A unit is all that must leave
 together (`sterna.procedures.structures`): a filter with its bias, batch norm and readers, a hidden unit of
 an LSTM (ISS), a channel of a residual stream over all its branches.
 
@@ -93,6 +94,7 @@ def sparsify(
     adaptive: float | None = None,
     proximal: bool = True,
     vanished: float = 0.05,
+    multiply_adds: float | None = None,
     round_to: int = 1,
     objective: Objective | None = None,
     rate: float = 1.0,
@@ -114,6 +116,9 @@ def sparsify(
             lengths. None: all units of a layer alike.
         proximal: the step (1); otherwise the penalty is added to the loss.
         vanished: v, in [0, 1).
+        multiply_adds: share of the dense model's that may be left, in (0, 1). If more are left by what
+            vanished, v is raised to the least that meets it, so that short units go too. None: only
+            what vanished goes.
         round_to: widths are rounded up to multiples of it; 8 or 16 are fast.
         objective: of the epochs with the penalty, to add to; by default the training's own.
         rate: factor of the learning rate while the penalty acts.
@@ -125,7 +130,8 @@ def sparsify(
 
     Raises:
         Refused: the model cannot be traced, or nothing in it can shrink.
-        ValueError: an argument is out of range, or a pattern fits nothing.
+        ValueError: an argument is out of range, a pattern fits nothing, or ``multiply_adds`` cannot be
+            met (found before training).
         NotFinite: training diverged.
 
     Example:
@@ -141,7 +147,7 @@ def sparsify(
         >>> report.widths["0"][1] < 32, report.finetuned.accuracy
         (True, 1.0)
     """
-    _check(strength, depth, epochs, finetune_epochs, vanished)
+    _check(strength, depth, epochs, finetune_epochs, vanished, multiply_adds)
     small, example = copied(model).to(training.device), training.example
     found = Structures.of(small, example, layers=layers, exclude=exclude, depth=depth > 0)
     if depth > 0 and not found.branches:
@@ -149,6 +155,9 @@ def sparsify(
             f"sparsify: depth must be 0 for {type(model).__name__}: no residual block that layers and "
             f"exclude leave in passes its input on when its last layer is zero; got {depth!r}."
         )
+    target = None if multiply_adds is None else multiply_adds * found.multiply_adds
+    if target is not None:
+        _reachable(small, found, target, round_to, example)
     dense = training.judge(small)
 
     def lassos() -> list[GroupLasso]:
@@ -167,6 +176,8 @@ def sparsify(
         training.fit(small, epochs, Sum((inner, *lassos())), phase="sparsify", rate=rate)
     penalised = training.judge(small)
 
+    if target is not None:
+        vanished = _least(small, found, vanished, target, round_to, example)
     edits = _cut(small, found, vanished, round_to, example)
     small = edits[-1][0] if edits else small
     if not any(report.widths or report.replaced for _, report in edits):
@@ -241,12 +252,63 @@ def _cut(
     return edits
 
 
+def _left(
+    model: nn.Module, found: Structures, vanished: float, round_to: int, example: Tensor
+) -> int:
+    """Multiply-adds after the cut; the model is not changed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the cut that is made in the end warns
+        edits = _cut(copied(model), found, vanished, round_to, example)
+    return edits[-1][1].multiply_adds_after if edits else found.multiply_adds
+
+
+def _reachable(
+    model: nn.Module, found: Structures, target: float, round_to: int, example: Tensor
+) -> None:
+    least = _left(model, found, math.inf, round_to, example)
+    if least > target:
+        raise ValueError(
+            f"sparsify: multiply_adds cannot be met: {target / found.multiply_adds:.3g} of the dense model's "
+            f"was asked for, and with one unit in each layer, rounded up to {round_to}, "
+            f"{least / found.multiply_adds:.3g} is left. Ask for more, or lower round_to."
+        )
+
+
+def _least(
+    model: nn.Module,
+    found: Structures,
+    vanished: float,
+    target: float,
+    round_to: int,
+    example: Tensor,
+) -> float:
+    """The least v from ``vanished`` on at which no more than the target is left, by bisection."""
+    lengths = [norms / typical(norms) for norms in found.norms(model).values() if norms.any()]
+    branches = torch.tensor(list(found.branch_lengths(model).values()))
+    if branches.any():
+        lengths.append(branches / typical(branches))
+    steps = [vanished, *(v for v in torch.cat(lengths).unique().tolist() if v > vanished)]
+    low, high = 0, len(steps) - 1
+    while low < high:
+        middle = (low + high) // 2
+        if _left(model, found, steps[middle], round_to, example) <= target:
+            high = middle
+        else:
+            low = middle + 1
+    return steps[low]
+
+
 def _count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
 def _check(
-    strength: float, depth: float, epochs: int, finetune_epochs: int, vanished: float
+    strength: float,
+    depth: float,
+    epochs: int,
+    finetune_epochs: int,
+    vanished: float,
+    multiply_adds: float | None,
 ) -> None:
     for name, value in (("strength", strength), ("depth", depth)):
         if not 0 <= value < math.inf:
@@ -260,3 +322,8 @@ def _check(
             raise ValueError(f"sparsify: {name} must be at least {least}; got {count}.")
     if not 0 <= vanished < 1:
         raise ValueError(f"sparsify: vanished must lie in [0, 1); got {vanished!r}.")
+    if multiply_adds is not None and not 0 < multiply_adds < 1:
+        raise ValueError(
+            "sparsify: multiply_adds must be a share in (0, 1) of the dense model's, or None; got "
+            f"{multiply_adds!r}."
+        )
