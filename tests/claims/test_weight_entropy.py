@@ -18,11 +18,12 @@ import pytest
 import torch
 from torch import nn
 
+from claims.coding import WORKERS, bits_by_epoch, coded
 from claims.training import Task, Trained, train
 from results import write
 from sterna.analysis import weight_entropy
 from sterna.analysis.weight_entropy import WeightEntropy
-from sterna.codecs import Entropy, ErrorFeedback, Quantise
+from sterna.codecs import Entropy, Quantise
 from sterna.comm.solo import Solo
 from sterna.data import mnist
 from sterna.exchange.all_reduce import AllReduce
@@ -36,13 +37,13 @@ from sterna.randomness import generator, isolated
 from sterna.replica import Replica
 from sterna.runs.estimate import estimate, paired
 from sterna.runs.figures import difference, score
-from sterna.seams import Codec, Comm, Exchange, Message, State
+from sterna.seams import Codec, Comm, Exchange, State
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 SEEDS = 3
 FIXED, RELATIVE = 0.02, 0.2
 RATES = (0.05, 0.1)
-EVERY, EPOCHS, WORKERS = 8, 2, 4
+EVERY, EPOCHS = 8, 2
 
 
 def coded_bits(named: Named, quantise: Quantise) -> int:
@@ -176,28 +177,6 @@ class AverageWeights:
         return state
 
 
-class DecodedOnce(Entropy):
-    """`Entropy` for workers of one process: what one of them has decoded, the others need not."""
-
-    def inner_message(self, message: Message, like: Named) -> Message:
-        """As `Entropy` has it, from the last few messages where it is among them."""
-        key = tuple(x.numpy().tobytes() for x in message.buffers.values())
-        if key not in _DECODED:
-            while len(_DECODED) >= 2 * WORKERS:
-                _DECODED.pop(next(iter(_DECODED)))
-            _DECODED[key] = super().inner_message(message, like)
-        return _DECODED[key]
-
-
-_DECODED: dict[tuple[bytes, ...], Message] = {}
-
-
-def coded(step: float, relative: bool = True) -> Codec:
-    """Rounded, coded, and what was lost made up for later."""
-    inner = DecodedOnce(inner=Quantise(step=step, relative=relative))
-    return ErrorFeedback(inner=inner, decay=1.0)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Arm:
     """How the workers agree, and what that is compared with."""
@@ -228,12 +207,6 @@ ARMS = {
         }.items()
     },
 }
-
-
-def bits_per_weight(trained: Trained, steps: int, num_weights: int, workers: int) -> list[float]:
-    """Of one message, by epoch: gathered, it goes to N - 1 workers; added, it costs 2 (N - 1)/N."""
-    messages = steps // len(trained.bits_by_epoch)
-    return [bits / messages / num_weights / (workers - 1) for bits in trained.bits_by_epoch]
 
 
 @pytest.mark.slow
@@ -272,26 +245,23 @@ def test_traffic_of_training(shared_data: Path) -> None:
         accuracy = [one.accuracy or 0.0 for one in runs]
         sent = sum(one.bits_sent for one in runs) / SEEDS
         per_weight = 32.0
-        by_epoch = [32.0] * EPOCHS
+        found = [32.0] * EPOCHS
         cells = ["baseline", "32", "1x"]
         if arm.baseline:
-            by_epoch = [
+            found = [
                 sum(column) / SEEDS
                 for column in zip(
-                    *(
-                        bits_per_weight(one, one.steps // arm.messages, num_weights, WORKERS)
-                        for one in runs
-                    ),
+                    *(bits_by_epoch(one, arm.messages, num_weights) for one in runs),
                     strict=True,
                 )
             ]
-            per_weight = sum(by_epoch) / len(by_epoch)
+            per_weight = sum(found) / len(found)
             before = [one.accuracy or 0.0 for one in trained[arm.baseline]]
             gap = paired([a - b for a, b in zip(accuracy, before, strict=True)])
             less = sum(one.bits_sent for one in trained[arm.baseline]) / SEEDS / sent
             assert gap is not None
             kept[name] = less, gap.mean
-            first, *_, last = by_epoch
+            first, *_, last = found
             cells = [difference(gap, "accuracy"), f"{first:.2f} to {last:.2f}", f"{less:.1f}x"]
         against = sum(one.bits_sent for one in trained["float32 gradients"]) / SEEDS / sent
         best = max(RATES, key=validated[name].__getitem__)
@@ -303,7 +273,7 @@ def test_traffic_of_training(shared_data: Path) -> None:
             "accuracy": accuracy,
             "bits_sent_by_a_worker": sent,
             "bits_a_weight": per_weight,
-            "bits_a_weight_by_epoch": by_epoch,
+            "bits_a_weight_by_epoch": found,
         }
     write(
         RESULTS / "weight_entropy_traffic",

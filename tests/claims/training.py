@@ -30,7 +30,10 @@ class Task:
     Args:
         data: training and test examples.
         model: builds the network.
-        lr: learning rate at the start; it falls with the square root of what is left.
+        lr: learning rate at the start.
+        momentum: of SGD.
+        power: the rate falls as what is left to do to this power.
+        clip_norm: gradients are shortened to it; None: they are not.
         weight_decay: added on each worker.
         epochs: passes over the training examples.
         batch_size: examples per step over all workers.
@@ -41,6 +44,9 @@ class Task:
     data: Dataset
     model: Callable[[], nn.Module]
     lr: float
+    momentum: float = 0.9
+    power: float = 0.5
+    clip_norm: float | None = None
     weight_decay: float = 0.0
     epochs: int = 2
     batch_size: int = 64
@@ -54,6 +60,7 @@ class Trained:
 
     Args:
         accuracy: of the weights agreed on last, on the test examples; None where it diverged.
+        perplexity: of the same weights.
         own_accuracy: mean over the workers of what each one's own replica reaches.
         bits_sent: by one worker, the mean over all.
         bits_by_epoch: of it, sent by rank 0 in each epoch.
@@ -62,6 +69,7 @@ class Trained:
     """
 
     accuracy: float | None
+    perplexity: float | None
     own_accuracy: float | None
     bits_sent: float
     bits_by_epoch: tuple[int, ...]
@@ -80,11 +88,18 @@ def train(
         found = run_in_process(worker, task.workers)
     except NotFinite:
         return Trained(
-            accuracy=None, own_accuracy=None, bits_sent=0, bits_by_epoch=(), steps=0, model=None
+            accuracy=None,
+            perplexity=None,
+            own_accuracy=None,
+            bits_sent=0,
+            bits_by_epoch=(),
+            steps=0,
+            model=None,
         )
     first = found[0]
     return Trained(
         accuracy=first.accuracy,
+        perplexity=first.perplexity,
         own_accuracy=sum(one.own_accuracy or 0.0 for one in found) / len(found),
         bits_sent=sum(one.bits_sent for one in found) / len(found),
         bits_by_epoch=first.bits_by_epoch,
@@ -102,7 +117,7 @@ def _worker(
     with isolated(task.seed, "model"):
         model = task.model()
     optimizer = torch.optim.SGD(
-        model.parameters(), lr=task.lr, momentum=0.9, weight_decay=task.weight_decay
+        model.parameters(), lr=task.lr, momentum=task.momentum, weight_decay=task.weight_decay
     )
     sampler = Shuffle(
         len(task.data.train),
@@ -111,8 +126,8 @@ def _worker(
         size=comm.size,
         seed=task.seed,
     )
-    steps, schedule = task.epochs * len(sampler), Polynomial(power=0.5)
-    replica = Replica(model, optimizer, lambda step: schedule(step / steps))
+    steps, schedule = task.epochs * len(sampler), Polynomial(power=task.power)
+    replica = Replica(model, optimizer, lambda step: schedule(step / steps), task.clip_norm)
     streams = Streams.start(replica, exchange, task.seed, comm.rank)
     tell = watch if watch is not None and comm.rank == 0 else lambda step, model: None
     tell(0, model)
@@ -130,13 +145,14 @@ def _worker(
         if record.step % len(sampler) == 0:
             tell(record.step, model)
             bits.append(comm.ledger.spent().bits_sent)
-    own = evaluate(model, task.data.test, Solo())[1]
+    own = evaluate(model, task.data.test, Solo())
     if "anchor" in streams.state:
         assign(replica, Flat.of(streams.state["anchor"]))
-    agreed = evaluate(model, task.data.test, Solo())[1] if comm.rank == 0 else own
+    agreed = evaluate(model, task.data.test, Solo()) if comm.rank == 0 else own
     return Trained(
-        accuracy=agreed,
-        own_accuracy=own,
+        accuracy=agreed.accuracy,
+        perplexity=agreed.perplexity,
+        own_accuracy=own.accuracy,
         bits_sent=bits[-1],
         bits_by_epoch=tuple(after - before for before, after in pairwise(bits)),
         steps=replica.step,

@@ -287,7 +287,8 @@ def _least(
     branches = torch.tensor(list(found.branch_lengths(model).values()))
     if branches.any():
         lengths.append(branches / typical(branches))
-    steps = [vanished, *(v for v in torch.cat(lengths).unique().tolist() if v > vanished)]
+    longer = {float(v) for v in torch.cat(lengths) if v > vanished}
+    steps = [vanished, *sorted(longer)]
     low, high = 0, len(steps) - 1
     while low < high:
         middle = (low + high) // 2
