@@ -1,0 +1,209 @@
+"""SSL on ResNet-20 and pictures: the front of accuracy against time, beside a peer and beside scratch.
+
+Measured on the CIFAR-10 subset with 3 seeds, every network for as many epochs in all: group lasso over the
+coupled channels and removal to two targets of multiply-adds; Torch-Pruning's group magnitude at two ratios;
+each shape that SSL found, trained from scratch; whole residual blocks alone (``depth``); and the dense
+network. Claims: at about 2 and 4 times the dense speed in ONNX Runtime (batch 64, one thread), SSL is as
+fast as the peer or faster, and more accurate; blocks go at no loss beyond a point. What scratch comes to is
+reported, whichever way.
+
+``STERNA_RESNET_EPOCHS`` (dense,penalised,finetuned) and ``STERNA_RESNET_SEEDS`` change the size of the
+experiment, and ``STERNA_CLAIMS`` names another folder for the results.
+"""
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from results import write
+from sterna.data import cifar10
+from sterna.export.timing import time_models
+from sterna.models import ResNet
+from sterna.objectives import Augment, CrossEntropy
+from sterna.procedures.sparsify import sparsify
+from sterna.procedures.training import Training
+from sterna.randomness import isolated
+from sterna.runs.estimate import paired
+from sterna.runs.figures import difference, p_value
+from sterna.schedules import Cosine
+from sterna.surgery import couple
+
+RESULTS = Path(
+    os.environ.get("STERNA_CLAIMS") or Path(__file__).parents[2] / "benchmarks" / "results"
+)
+DENSE, PENALISED, FINETUNED = map(int, os.environ.get("STERNA_RESNET_EPOCHS", "4,2,4").split(","))
+SEEDS = int(os.environ.get("STERNA_RESNET_SEEDS", "3"))
+STRENGTH, DEPTH, ROUND_TO = 0.002, 0.004, 4
+TARGETS = {"2x": (0.25, 0.5), "4x": (0.065, 0.75)}
+"""Share of the multiply-adds that SSL leaves, and share of the channels that the peer removes."""
+
+
+def fresh(seed: int) -> nn.Module:
+    with isolated(seed, "ssl", "network"):
+        return ResNet(depth=20, shortcut="B")
+
+
+def from_scratch(shape: nn.Module, training: Training, seed: int) -> nn.Module:
+    """The control: the same layers with fresh weights, drawn as `ResNet` draws them."""
+    model = deepcopy(shape)
+    with isolated(seed, "ssl", "scratch"):
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            elif isinstance(module, nn.Linear | nn.BatchNorm2d):
+                module.reset_parameters()
+    training.fit(model, DENSE + PENALISED + FINETUNED, phase="scratch")
+    return model
+
+
+def peer(dense: nn.Module, training: Training, ratio: float) -> nn.Module:
+    """Torch-Pruning, as its documentation has it, and the rest of the epochs."""
+    tp = pytest.importorskip("torch_pruning", reason="pip install torch-pruning==1.6.1")
+    model = deepcopy(dense)
+    tp.pruner.BasePruner(
+        model,
+        training.example,
+        importance=tp.importance.GroupMagnitudeImportance(p=2),
+        pruning_ratio=ratio,
+        ignored_layers=[model.fc],
+        round_to=ROUND_TO,
+    ).step()
+    training.fit(model, PENALISED + FINETUNED, phase="magnitude")
+    return model
+
+
+def arms(training: Training, seed: int) -> dict[str, Any]:
+    start = fresh(seed)
+    training.fit(start, DENSE, phase="dense")
+    models: dict[str, nn.Module] = {"dense": deepcopy(start)}
+    training.fit(models["dense"], PENALISED + FINETUNED, phase="dense, further")
+    options: dict[str, Any] = {"epochs": PENALISED, "finetune_epochs": FINETUNED}
+    reports = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the widths are in the table
+        for name, (share, ratio) in TARGETS.items():
+            ssl = f"SSL {name}"
+            models[ssl], reports[ssl] = sparsify(
+                start,
+                training,
+                strength=STRENGTH,
+                multiply_adds=share,
+                round_to=ROUND_TO,
+                **options,
+            )
+            models[f"Torch-Pruning {name}"] = peer(start, training, ratio)
+            models[f"scratch, as {ssl}"] = from_scratch(models[ssl], training, seed)
+        models["SSL depth"], reports["SSL depth"] = sparsify(
+            start, training, strength=0.0, depth=DEPTH, **options
+        )
+    timings = time_models(
+        models, training.data.test.inputs[:64], batch=64, threads=1, engines=["onnxruntime"]
+    )
+    found: dict[str, dict[str, Any]] = {}
+    for name, model in models.items():
+        row = timings.of(name, "onnxruntime")
+        assert row.ratio is not None, row.unavailable
+        found[name] = {
+            "accuracy": training.judge(model).accuracy,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "multiply_adds": couple(model, training.example).multiply_adds,
+            "milliseconds": 1000 * (row.seconds or 0.0),
+            "faster": row.ratio,
+        }
+    for name, report in reports.items():
+        found[name]["blocks"] = list(report.blocks)
+        found[name]["widths"] = {layer: after for layer, (_, after) in report.widths.items()}
+        phases = ("dense", "penalised", "shrunk", "finetuned")
+        found[name]["phases"] = {phase: getattr(report, phase).accuracy for phase in phases}
+    print(seed, found, flush=True)
+    return found
+
+
+def against(runs: Sequence[Mapping[str, Any]], name: str, other: str) -> str:
+    gaps = [run[name]["accuracy"] - run[other]["accuracy"] for run in runs]
+    found = paired(gaps)
+    return f"{difference(found, 'accuracy')}, p = {p_value(found.p_value)}" if found else ""
+
+
+def row_of(name: str, runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    own = [run[name] for run in runs]
+
+    def mean(key: str) -> float:
+        return fmean(x[key] for x in own)
+
+    target = name.removeprefix("SSL ")
+    rivals = [f"Torch-Pruning {target}", f"scratch, as {name}"] if target in TARGETS else ["", ""]
+    return [
+        name,
+        f"{100 * mean('accuracy'):.2f}",
+        f"{mean('faster'):.2f}",
+        f"{mean('milliseconds'):.1f}",
+        f"{mean('parameters'):,.0f}",
+        f"{mean('multiply_adds'):,.0f}",
+        " ".join(str(len(x["blocks"])) for x in own) if "blocks" in own[0] else "",
+        against(runs, name, "dense") if name != "dense" else "",
+        *(against(runs, name, rival) if rival and rival != name else "" for rival in rivals),
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(4 * 3600)
+def test_resnet_gets_faster_than_the_peers(shared_data: Path) -> None:
+    pytest.importorskip("torch_pruning", reason="pip install torch-pruning==1.6.1")
+    torch.set_num_threads(1)
+    runs: list[dict[str, Any]] = []
+    for seed in range(SEEDS):
+        training = Training(
+            data=cifar10.load(shared_data),
+            optimizer=partial(
+                torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4
+            ),
+            schedule=Cosine(warmup=0.1),
+            objective=Augment(CrossEntropy()),
+            batch_size=64,
+            seed=seed,
+        )
+        runs.append(arms(training, seed))
+        write(
+            RESULTS / "ssl_resnet",
+            f"SSL: ResNet-20 on the {training.data.name}, cut and timed",
+            [
+                "network",
+                "test accuracy, %",
+                "times faster than dense",
+                "ms a batch",
+                "parameters",
+                "multiply-adds",
+                "blocks gone, by seed",
+                "against dense",
+                "against Torch-Pruning",
+                "against scratch",
+            ],
+            [row_of(name, runs) for name in runs[0]],
+            {"seeds": runs, "epochs": [DENSE, PENALISED, FINETUNED]},
+            f"{len(runs)} seeds. Every network is trained for {DENSE + PENALISED + FINETUNED} epochs in all: "
+            f"{DENSE} dense, {PENALISED} with the penalty, {FINETUNED} after the cut; Torch-Pruning 1.6.1 "
+            f"(group magnitude, widths in multiples of {ROUND_TO}) cuts after the dense epochs. SGD with "
+            "Nesterov momentum 0.9, learning rate 0.1 down to 0 by half a cosine in each phase, weight decay "
+            "5e-4, batch 64, shifted and mirrored pictures. Times: ONNX Runtime, batch 64, one thread, "
+            "medians of interleaved rounds, ratio to the dense network of the same seed. Differences in "
+            "points, paired over the seeds, with 95 % intervals and the p-value of the t-test.",
+        )
+    mean = {
+        name: {key: fmean(run[name][key] for run in runs) for key in ("accuracy", "faster")}
+        for name in runs[0]
+    }
+    for name in TARGETS:
+        ssl, rival = mean[f"SSL {name}"], mean[f"Torch-Pruning {name}"]
+        assert ssl["faster"] >= 0.95 * rival["faster"], (name, mean)
+        assert ssl["accuracy"] > rival["accuracy"], (name, mean)
+    assert mean["SSL depth"]["accuracy"] >= mean["dense"]["accuracy"] - 0.01, mean
