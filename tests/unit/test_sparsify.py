@@ -327,9 +327,31 @@ def test_bad_arguments_are_named(training, dense, options, words) -> None:
         sparsify(dense, training, **arguments)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("proximal", [True, False])
+def test_both_phases_share_one_schedule_or_have_their_own(training, dense, proximal: bool) -> None:
+    seen: list[float] = []
+
+    def schedule(done: float) -> float:
+        seen.append(done)
+        return 1.0
+
+    spied = replace(training, schedule=schedule)
+    options = {"strength": 0.01, "epochs": 1, "finetune_epochs": 3, "proximal": proximal}
+    sparsify(dense, spied, one_schedule=True, **options)
+    each = len(training.data.train) // training.batch_size
+    assert seen == pytest.approx([step / (4 * each) for step in range(4 * each)])
+    seen.clear()
+    sparsify(dense, spied, **options)
+    assert seen[:each] == pytest.approx([step / each for step in range(each)])
+    assert seen[each:] == pytest.approx([step / (3 * each) for step in range(3 * each)])
+
+
 def test_training_says_what_is_wrong(training) -> None:
     with pytest.raises(ValueError, match="Training: batch_size must lie in"):
         replace(training, batch_size=0)
+    with pytest.raises(ValueError, match=r"Training: span must be a part of \[0, 1\]"):
+        training.fit(nn.Flatten(), 1, span=(0.5, 0.5))
     with pytest.raises(ValueError, match="Training: clip_norm"):
         replace(training, clip_norm=0.0)
 

@@ -99,6 +99,7 @@ def sparsify(
     objective: Objective | None = None,
     rate: float = 1.0,
     finetune_rate: float = 1.0,
+    one_schedule: bool = False,
 ) -> tuple[nn.Module, Sparsified]:
     """A smaller copy of a trained model; the model is not changed.
 
@@ -123,6 +124,8 @@ def sparsify(
         objective: of the epochs with the penalty, to add to; by default the training's own.
         rate: factor of the learning rate while the penalty acts.
         finetune_rate: factor of the learning rate after the cut.
+        one_schedule: the learning rate goes through its schedule once, over both phases, and so is high
+            while units vanish; otherwise once in each phase.
 
     Returns:
         The smaller model, and what was done. Warns if nothing was removed, and if a layer would have
@@ -164,16 +167,27 @@ def sparsify(
         return found.penalties(small, strength, depth, factors, adaptive)
 
     inner = objective or training.objective
+    middle = epochs / (epochs + finetune_epochs) if one_schedule else 1.0
+    penalised_span, finetune_span = (0.0, middle), (middle if middle < 1 else 0.0, 1.0)
     if proximal:
         penalties, an_epoch = lassos(), len(training.data.train) // training.batch_size
-        steps = training.steps(small, epochs, inner, phase="sparsify", rate=rate)
+        steps = training.steps(
+            small, epochs, inner, phase="sparsify", rate=rate, span=penalised_span
+        )
         for k, moved in enumerate(steps, 1):
             for lasso in penalties:
                 proximal_step(small, lasso, moved)
             if k % an_epoch == 0:
                 penalties = lassos()
     else:
-        training.fit(small, epochs, Sum((inner, *lassos())), phase="sparsify", rate=rate)
+        training.fit(
+            small,
+            epochs,
+            Sum((inner, *lassos())),
+            phase="sparsify",
+            rate=rate,
+            span=penalised_span,
+        )
     penalised = training.judge(small)
 
     if target is not None:
@@ -188,7 +202,7 @@ def sparsify(
         )
     training.settle(small)
     shrunk = training.judge(small)
-    training.fit(small, finetune_epochs, phase="finetune", rate=finetune_rate)
+    training.fit(small, finetune_epochs, phase="finetune", rate=finetune_rate, span=finetune_span)
 
     description = Description()
     for _, report in edits:

@@ -82,9 +82,10 @@ class Training:
         *,
         phase: str = "fit",
         rate: float = 1.0,
+        span: tuple[float, float] = (0.0, 1.0),
     ) -> None:
         """Train a model in place; see `steps`."""
-        for _ in self.steps(model, epochs, objective, phase=phase, rate=rate):
+        for _ in self.steps(model, epochs, objective, phase=phase, rate=rate, span=span):
             pass
 
     def steps(
@@ -95,6 +96,7 @@ class Training:
         *,
         phase: str = "fit",
         rate: float = 1.0,
+        span: tuple[float, float] = (0.0, 1.0),
     ) -> Iterator[float]:
         """Train a model in place, step by step, for who does something after each.
 
@@ -104,19 +106,26 @@ class Training:
             objective: what is minimised; by default the training's own.
             phase: names the streams of random numbers, which are different in each phase.
             rate: factor of the learning rate throughout.
+            span: from where to where in the schedule the phase goes, for phases that share one.
 
         Yields:
             After each update the learning rate that it took, as a proximal step needs it: with momentum
             m a gradient moves a weight by 1 / (1 - m) as much in the end, and so does the rate here.
 
         Raises:
-            ValueError: ``epochs`` is negative, or ``rate`` not above 0 and finite.
+            ValueError: ``epochs`` is negative, ``rate`` not above 0 and finite, or ``span`` not a part
+                of [0, 1].
             NotFinite: a gradient holds NaN or infinity.
         """
         if epochs < 0:
             raise ValueError(f"Training: epochs must be at least 0; got {epochs}.")
         if not 0 < rate < math.inf:
             raise ValueError(f"Training: rate must be above 0 and finite; got {rate!r}.")
+        first, last = span
+        if not 0 <= first < last <= 1:
+            raise ValueError(
+                f"Training: span must be a part of [0, 1], such as (0, 0.5); got {span!r}."
+            )
         if epochs == 0:
             return
         model.to(self.device)
@@ -126,7 +135,7 @@ class Training:
         replica = Replica(
             model,
             self.optimizer(p for p in model.parameters() if p.requires_grad),
-            lambda step: rate * self.schedule(step / num_steps),
+            lambda step: rate * self.schedule(first + (last - first) * step / num_steps),
             self.clip_norm,
         )
         records = fit(
