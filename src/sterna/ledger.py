@@ -40,6 +40,15 @@ class Spent:
     staleness_sum: int = 0
     staleness_max: int = 0
 
+    def __str__(self) -> str:
+        """What was spent, without the zeros: one may stand for what nobody measured, as in a DDP loop.
+
+        Example:
+            >>> str(Spent(steps=2, bits_sent=640, wait_s=0.25))
+            'steps=2, bits_sent=640, wait_s=0.25'
+        """
+        return ", ".join(f"{name}={value}" for name, value in asdict(self).items() if value)
+
 
 _LARGEST = ("peak_activation_bytes", "peak_memory_bytes", "staleness_max")
 

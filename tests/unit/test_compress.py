@@ -319,7 +319,7 @@ def test_export_command(run_folder, tmp_path, capsys):
         (["RUN", "--epochs", "0"], "--epochs"),
         (["RUN", "--batch", "0"], "--batch"),
         (["RUN", "--validation", "1"], "--validation"),
-        (["RUN", "--strength", "0"], "strengths must be above 0"),
+        (["RUN", "--strength", "0"], "--strength must be above 0"),
         (["RUN", "--weights", "w"], "--weights is for your_module.py:build"),
         (["nowhere"], "There is no folder nowhere"),
     ],

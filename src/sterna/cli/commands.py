@@ -1,8 +1,6 @@
 """What each command does."""
 
-import ast
 import os
-import pkgutil
 import signal
 import sys
 import time
@@ -16,10 +14,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-import sterna
+from sterna.cli import listing
 from sterna.cli.compress import compress_command, export_command
-from sterna.cli.execute import UsageError, execute, require, setting_of, under_torchrun
+from sterna.cli.execute import execute, setting_of, under_torchrun
 from sterna.cli.flags import (
+    LISTS,
     CompareFlags,
     ListFlags,
     ReplayFlags,
@@ -28,6 +27,8 @@ from sterna.cli.flags import (
     RunFlags,
     parse,
 )
+from sterna.cli.ranges import built
+from sterna.cli.usage import UsageError, meant, require
 from sterna.comm.launch import WorkerFailed, explains_itself
 from sterna.runs.compare import Comparison, compare, write_comparison
 from sterna.runs.conclusion import conclusion
@@ -41,11 +42,10 @@ from sterna.runs.files import StoreError, read_json
 from sterna.runs.recorder import FORMAT, plain_arguments
 from sterna.runs.reopen import described
 from sterna.runs.request import Request
+from sterna.runs.run import Run
 from sterna.runs.setting import Setting
 from sterna.runs.table import ComparisonTable, run_table
 from sterna.runs.target import require_judged_by_accuracy, seconds_to_target
-
-_METHOD_PACKAGES = ("codecs", "exchange", "server", "objectives", "samplers")
 
 
 def dispatch(arguments: Sequence[str]) -> int:
@@ -63,7 +63,10 @@ def dispatch(arguments: Sequence[str]) -> int:
     }
     try:
         if command not in commands:
-            raise UsageError(f"There is no command {command!r}; there is {', '.join(commands)}.")
+            raise UsageError(
+                f"There is no command {command!r}; there is {', '.join(commands)}."
+                f"{meant(command, commands)}"
+            )
         commands[command](rest)
     except KeyboardInterrupt:
         console.print("[bold]Interrupted.[/bold]")
@@ -91,6 +94,9 @@ def _terminated(signum: int, frame: object) -> None:
 
 def _run(arguments: list[str]) -> None:
     """``sterna run``."""
+    for flag, kind in (("--replay", ReplayFlags), ("--resume", ResumeFlags)):
+        if _has(arguments, flag) and {"-h", "--help"} & set(arguments):
+            parse(kind, [], ["--help"], f"sterna run {flag} RUN")
     if _has(arguments, "--replay"):
         _replay(parse(ReplayFlags, [], arguments, "sterna run")[0])
         return
@@ -103,15 +109,14 @@ def _run(arguments: list[str]) -> None:
                 parse(RunFlags, [], ["--help"], "sterna run EXPERIMENT")
             raise UsageError("sterna run needs an EXPERIMENT first; `sterna list` shows them.")
         name, *rest = arguments
-        flags, (values,) = parse(RunFlags, [resolve(name)], rest, f"sterna run {name}")
+        flags, (values,) = parse(RunFlags, [_resolved(name)], rest, f"sterna run {name}")
         folder = flags.out or Path("runs") / f"{_file_name(name)}-{time.strftime('%Y%m%d-%H%M%S')}"
         if under_torchrun() and flags.out is None:
             raise UsageError(
                 "Under torchrun, name the run folder with --out: the same on every host."
             )
-        require(
-            flags.checkpoint_every >= 0, "--checkpoint-every", "0 or more", flags.checkpoint_every
-        )
+        every = flags.checkpoint_every
+        require(every >= 0, "--checkpoint-every", "0 or more", every)
         request = Request(
             experiment=name,
             source=located(name),
@@ -131,6 +136,26 @@ def _run(arguments: list[str]) -> None:
         console.print(f"Run folder: {folder}", highlight=False)
 
 
+def _resolved(name: str) -> Callable[..., Run]:
+    """The experiment of that name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    try:
+        return resolve(name)
+    except UnknownExperiment as error:
+        near = "" if ".py" in name else meant(name, all_experiments())
+        raise UsageError(
+            f"There is no experiment {name!r}.{near}" if near else str(error)
+        ) from None
+
+
+def _require_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise UsageError(f"There is no folder {folder}; name one of sterna run or sterna compare.")
+
+
 def _has(arguments: list[str], flag: str) -> bool:
     return any(a == flag or a.startswith(f"{flag}=") for a in arguments)
 
@@ -143,6 +168,7 @@ def _replay(flags: ReplayFlags) -> None:
     """
     from sterna.runs.replayed import replay_run
 
+    _require_folder(flags.replay)
     about, request = described(flags.replay, quiet=True)
     verdict = replay_run(flags.replay, request, about.get("threads", 1))
     if not verdict.equal:
@@ -159,6 +185,7 @@ def _replay(flags: ReplayFlags) -> None:
 
 def _resume(flags: ResumeFlags) -> tuple[Mapping[str, Any], Path]:
     folder = flags.resume
+    _require_folder(folder)
     about, request = described(folder, flags.quiet)
     finished = folder / "summary.json"
     if finished.exists() and request.setting is not None:
@@ -212,14 +239,18 @@ def _compare(arguments: list[str]) -> None:
         raise UsageError("sterna compare needs two EXPERIMENTs or more, before any flag.")
     if len(set(names)) < len(names):
         raise UsageError("sterna compare: an experiment is named twice.")
-    functions = [resolve(name) for name in names]
-    flags, values = parse(CompareFlags, functions, arguments, "sterna compare EXPERIMENT ...")
+    functions = [_resolved(name) for name in names]
+    title = f"sterna compare {' '.join(names) or 'EXPERIMENT ...'}"
+    flags, values = parse(CompareFlags, functions, arguments, title)
     require(flags.seeds >= 1, "--seeds", "at least 1", flags.seeds)
     target = flags.target_accuracy
     _require_target(target)
-    if target is not None:  # before hours of training, not after
-        for name, function, given in zip(names, functions, values, strict=True):
-            require_judged_by_accuracy(name, function(**given).data.merit)
+    for name, given in zip(names, values, strict=True):  # before hours of training, not after
+        if given or target is not None:
+            tried = Request(experiment=name, source=located(name), arguments=given, folder=Path())
+            merit = built(tried).data.merit
+            if target is not None:
+                require_judged_by_accuracy(name, merit)
     setting = setting_of(flags, flags.workers, 0)
     folder = flags.out or Path("runs") / f"compare-{time.strftime('%Y%m%d-%H%M%S')}"
     if (folder / "compare.json").exists():
@@ -306,6 +337,8 @@ def _report(arguments: list[str]) -> None:
     flags, _ = parse(ReportFlags, [], arguments, "sterna report")
     if not flags.runs:
         raise UsageError("sterna report needs a RUN folder or more.")
+    for folder in flags.runs:
+        _require_folder(folder)
     from sterna.runs.report import side_by_side, write_report
 
     target = flags.target_accuracy
@@ -318,6 +351,9 @@ def _report(arguments: list[str]) -> None:
 
 def _list(arguments: list[str]) -> None:
     """``sterna list``."""
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in LISTS:
+        word = arguments[0]
+        raise UsageError(f"sterna list shows {', '.join(LISTS)}; got {word}.{meant(word, LISTS)}")
     flags, _ = parse(ListFlags, [], arguments, "sterna list")
     console = Console()
     if flags.what in ("all", "experiments"):
@@ -326,43 +362,12 @@ def _list(arguments: list[str]) -> None:
             table.add_row(name, _first_line(function.__doc__))
         console.print(table)
     if flags.what in ("all", "methods"):
-        table = Table("method", "what it does", "paper", box=None)
-        for name, lead, paper in methods():
-            table.add_row(name, lead, paper)
-        console.print(table)
-
-
-def methods() -> list[tuple[str, str, str]]:
-    """Name, one line and paper of every method module, read from its docstring.
-
-    A method module is one whose docstring says what a step costs.
-    """
-    found = []
-    root = Path(sterna.__file__).parent
-    for package in _METHOD_PACKAGES:
-        for module in pkgutil.iter_modules([str(root / package)]):
-            source = (root / package / f"{module.name}.py").read_text(encoding="utf-8")
-            text = ast.get_docstring(ast.parse(source)) or ""
-            if "Cost per step:" in text:
-                found.append((f"{package}.{module.name}", _first_line(text), _reference(text)))
-    return found
+        for line in listing.lines():
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _first_line(text: str | None) -> str:
     return (text or "").strip().partition("\n")[0]
-
-
-def _reference(text: str) -> str:
-    """The ``Reference:`` paragraph of a module docstring, on one line."""
-    _, found, rest = text.partition("Reference:")
-    if not found:
-        return ""
-    lines: list[str] = []
-    for line in rest.splitlines():
-        if lines and not line.startswith((" ", "\t")):
-            break
-        lines.append(line.strip())
-    return " ".join(lines).strip()
 
 
 def _file_name(experiment: str) -> str:

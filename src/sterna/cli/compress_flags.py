@@ -1,5 +1,6 @@
 """The flags of ``sterna compress`` and ``sterna export``, which of them a method reads, and their ranges."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from sterna.cli.execute import UsageError, require
+from sterna.cli.usage import UsageError, require
 from sterna.runs.subject import LOADERS
 
 _arg = tyro.conf.arg
@@ -201,6 +202,12 @@ def check(flags: CompressFlags) -> None:
             )
     if flags.method == "force" and len(flags.strength) > 1:
         raise UsageError("--strength takes one value with --method force.")
+    for strength in flags.strength:
+        least = 0.0 if flags.method == "ssl" else -math.inf
+        must = "above 0 and finite" if flags.method == "ssl" else "finite"
+        require(least < strength < math.inf, "--strength", must, strength)
+    for share in flags.shares:
+        require(0 < share < 1, "--shares", "shares in (0, 1)", share)
     for name, least in (
         ("epochs", 1),
         ("finetune_epochs", 0),
@@ -210,13 +217,13 @@ def check(flags: CompressFlags) -> None:
         ("passes", 1),
     ):
         given = value(flags, name)
-        require(given >= least, flag(name), f"{least} or more", given)
+        require(least <= given < math.inf, flag(name), f"{least} or more", given)
     require(0 <= flags.keep_accuracy < 100, "--keep-accuracy", "in [0, 100)", flags.keep_accuracy)
-    share = flags.validation
-    require(share is None or 0 < share < 1, "--validation", "a share in (0, 1)", share)
+    part = flags.validation
+    require(part is None or 0 < part < 1, "--validation", "a share in (0, 1)", part)
     for name in ("rate", "lr"):
         given = value(flags, name)
-        require(given > 0, flag(name), "above 0", given)
+        require(0 < given < math.inf, flag(name), "above 0 and finite", given)
     check_timing(flags)
 
 

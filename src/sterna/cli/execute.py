@@ -10,11 +10,15 @@ from rich.console import Console
 
 from sterna.cli import units
 from sterna.cli.flags import MachineFlags
+from sterna.cli.ranges import built, check_device
+from sterna.cli.usage import UsageError as UsageError
+from sterna.cli.usage import require as require
 from sterna.comm.distributed import Distributed
 from sterna.comm.in_process import run_in_process
 from sterna.comm.launch import launch
 from sterna.comm.solo import Solo
-from sterna.runs.request import Request, build
+from sterna.runs.parts import asynchronous
+from sterna.runs.request import Request
 from sterna.runs.run import Run
 from sterna.runs.serve import serve
 from sterna.runs.setting import Setting
@@ -34,20 +38,6 @@ _ONLY_FOR: tuple[tuple[str, tuple[str, ...], object], ...] = (
     ("--cluster", ("ray",), "auto"),
 )
 _FIELDS = {"example_seconds": "example_s"}
-
-
-class UsageError(ValueError):
-    """The command line cannot be carried out as typed."""
-
-
-def require(holds: bool, flag: str, what: str, got: object) -> None:
-    """Raise unless a flag is in its range.
-
-    Raises:
-        UsageError: it is not.
-    """
-    if not holds:
-        raise UsageError(f"{flag} must be {what}; got {got}.")
 
 
 def under_torchrun() -> bool:
@@ -96,20 +86,28 @@ def execute(request: Request, setting: Setting, timeout_s: float) -> Mapping[str
     """Run it; the summary.
 
     Raises:
-        UsageError: the engine does not fit the experiment.
+        UsageError: the engine does not fit the experiment, or a value is out of range.
     """
     workers = setting.workers
     if under_torchrun() and workers not in (1, int(os.environ["WORLD_SIZE"])):
         raise UsageError(
             f"Under torchrun, torchrun sets the number of workers; leave out --workers {workers}."
         )
-    run = build(request)
+    run = built(request)
     usual = "torchrun" if under_torchrun() else "local"
     engine = setting.engine or ("processes" if run.server is None else usual)
     _fits(request, run, engine, setting)
+    check_device(request.device)
+    if engine in _ASYNCHRONOUS:
+        request = replace(request, setting=_settled(setting, engine))
+        _check_server(request, run)
+    else:
+        count = int(os.environ["WORLD_SIZE"]) if under_torchrun() else workers
+        fits = run.batch_size % count == 0
+        require(fits, "--workers", f"a divisor of the batch size, {run.batch_size}", count)
     try:
         if engine in _ASYNCHRONOUS:
-            return serve(replace(request, setting=_settled(setting, engine)), run)
+            return serve(request, run)
         return _synchronous(request, run, engine, setting, timeout_s)
     except (KeyboardInterrupt, Exception):
         _say_what_is_saved(request.folder)
@@ -126,6 +124,18 @@ def _settled(setting: Setting, engine: str) -> Setting:
         return replace(setting, engine=engine, workers=workers)
     except ValueError as error:
         raise UsageError(f"--{error}") from None
+
+
+def _check_server(request: Request, run: Run) -> None:
+    """Raise where a server cannot be made of the run."""
+    try:
+        asynchronous(run, request)
+    except ValueError as error:
+        text = str(error)
+        for name in ("batch_size", "backups"):
+            if name in request.arguments:
+                text = text.replace(f": {name} must", f": --{name.replace('_', '-')} must")
+        raise UsageError(text) from None
 
 
 def _fits(request: Request, run: Run, engine: str, setting: Setting) -> None:

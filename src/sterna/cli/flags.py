@@ -4,18 +4,24 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import docstring_parser
 import tyro
 
+from sterna.cli import spelling
+from sterna.cli.begins import SEEDS, WORKERS
+from sterna.cli.usage import UsageError, meant
+
 Engine = Literal["processes", "in-process", "virtual", "local", "ray"]
+Listed = Literal["all", "experiments", "methods"]
+LISTS: tuple[str, ...] = get_args(Listed)
 _arg = tyro.conf.arg
 
 
 @dataclass(frozen=True, kw_only=True)
 class MachineFlags:
-    """What runs the workers, in ``sterna run`` and ``sterna compare``."""
+    """What runs the workers."""
 
     engine: Annotated[
         Engine | None,
@@ -27,7 +33,10 @@ class MachineFlags:
     ] = None
     straggler: Annotated[
         tuple[str, ...],
-        _arg(help="slow workers down, for trials: 0:4.0 makes worker 0 four times slower"),
+        _arg(
+            metavar="WORKER:FACTOR ...",
+            help="slow workers down, for trials: 0:4.0 makes worker 0 four times slower",
+        ),
     ] = ()
     jitter: Annotated[
         float, _arg(help="virtual: standard deviation of a worker's seconds, over their mean")
@@ -60,7 +69,9 @@ class MachineFlags:
 class RunFlags(MachineFlags):
     """Train an experiment; its parameters are flags. For resuming and replaying runs see `sterna --help`."""
 
-    workers: Annotated[int, _arg(help="number of worker processes on this machine")] = 1
+    workers: Annotated[int, _arg(help="number of worker processes on this machine")] = WORKERS[
+        "run"
+    ]
     seed: Annotated[int, _arg(help="seeds initialisation, data order and every coin")] = 0
     out: Annotated[
         Path | None, _arg(help="run folder; default: runs/<experiment>-<date>-<time>")
@@ -75,10 +86,13 @@ class RunFlags(MachineFlags):
 
 @dataclass(frozen=True, kw_only=True)
 class CompareFlags(MachineFlags):
-    """Flags of ``sterna compare`` beside the experiments' own."""
+    """Train several experiments with the same seeds, and compare what each reached and took.
 
-    workers: Annotated[int, _arg(help="number of workers of every run")] = 4
-    seeds: Annotated[int, _arg(help="runs per experiment, with seeds 0, 1, ...")] = 3
+    The experiments come first; their parameters are flags, and go to each that has them.
+    """
+
+    workers: Annotated[int, _arg(help="number of workers of every run")] = WORKERS["compare"]
+    seeds: Annotated[int, _arg(help="runs per experiment, with seeds 0, 1, ...")] = SEEDS
     out: Annotated[Path | None, _arg(help="folder; default: runs/compare-<date>-<time>")] = None
     target_accuracy: Annotated[
         float | None, _arg(help="also show the seconds until this test accuracy, such as 0.95")
@@ -87,7 +101,7 @@ class CompareFlags(MachineFlags):
 
 @dataclass(frozen=True, kw_only=True)
 class ResumeFlags:
-    """Flags of ``sterna run --resume``; all else is as the run folder says."""
+    """Go on with a run; all else is as its folder says."""
 
     resume: Annotated[Path, _arg(help="run folder to go on with")]
     max_restarts: Annotated[int, _arg(help="how many failed workers to survive")] = 0
@@ -99,7 +113,7 @@ class ResumeFlags:
 
 @dataclass(frozen=True, kw_only=True)
 class ReplayFlags:
-    """Flags of ``sterna run --replay``."""
+    """Do an asynchronous run again, and see whether it ends at the same bits."""
 
     replay: Annotated[
         Path,
@@ -111,10 +125,12 @@ class ReplayFlags:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportFlags:
-    """Flags of ``sterna report``."""
+    """Write one page on some runs, and compare them."""
 
     runs: Annotated[
-        tuple[Path, ...], tyro.conf.Positional, _arg(help="run folders, or a comparison's folder")
+        tuple[Path, ...],
+        tyro.conf.Positional,
+        _arg(metavar="RUN ...", help="run folders, or a comparison's folder"),
     ]
     out: Annotated[
         Path | None, _arg(help="the HTML file; default: report.html in the first folder")
@@ -126,11 +142,9 @@ class ReportFlags:
 
 @dataclass(frozen=True, kw_only=True)
 class ListFlags:
-    """Flags of ``sterna list``."""
+    """List the experiments and methods that come with Sterna."""
 
-    what: Annotated[
-        Literal["all", "experiments", "methods"], tyro.conf.Positional, _arg(help="what to list")
-    ] = "all"
+    what: Annotated[Listed, tyro.conf.Positional, _arg(help="what to list")] = "all"
 
 
 def experiment_fields(function: Callable[..., Any]) -> list[tuple[str, Any, Any]]:
@@ -155,12 +169,14 @@ def experiment_fields(function: Callable[..., Any]) -> list[tuple[str, Any, Any]
                 f"{function.__name__}: an experiment takes typed keyword parameters only, so that "
                 f"they can be flags; {name!r} is not one. Write (*, {name}: <type> = <default>)."
             )
-        text = documented[name].description if name in documented else ""
+        text = (documented[name].description if name in documented else "") or ""
         kind = hints[name]
         default = (
             field() if parameter.default is parameter.empty else field(default=parameter.default)
         )
-        found.append((name, Annotated[kind, _arg(help=" ".join((text or "").split()))], default))
+        found.append(
+            (name, Annotated[kind, _arg(help=" ".join(text.split()).removesuffix("."))], default)
+        )
     return found
 
 
@@ -179,7 +195,8 @@ def parse(
         The command's flags, and the keyword arguments for each of ``functions``.
 
     Raises:
-        SystemExit: help was asked for, or a flag is unknown or malformed.
+        SystemExit: help was asked for, or a flag is missing or malformed.
+        UsageError: a flag is unknown, or its value none of those that there are.
     """
     own = {f.name for f in fields(flags)}
     extra: dict[str, tuple[str, Any, Any]] = {}
@@ -195,10 +212,20 @@ def parse(
         (f.name, get_type_hints(flags, include_extras=True)[f.name], _field_default(f))
         for f in fields(flags)
     ]
-    combined = make_dataclass("Flags", [*extra.values(), *common], kw_only=True, frozen=True)
+    every = [spelling.shown(*one) for one in (*extra.values(), *common)]
+    combined = make_dataclass("Flags", every, kw_only=True, frozen=True)
     about = inspect.getdoc(functions[0]) if len(functions) == 1 else None
-    lead = (about or inspect.getdoc(flags) or "").partition("\n\nArgs:")[0]
-    parsed: Any = tyro.cli(combined, args=list(arguments), prog=title, description=lead)
+    lead = (about or inspect.getdoc(flags) or "").partition("\n\nArgs:")[0].replace("``", "")
+    kinds = {name: kind for name, kind, _ in every}
+    words = spelling.plain(arguments, kinds)
+    spelling.check_choices(words, kinds, title)
+    parsed: Any
+    unknown: list[str]
+    parsed, unknown = tyro.cli(
+        combined, args=words, prog=title, description=lead, return_unknown_args=True
+    )
+    if unknown:
+        raise UsageError(_unknown(unknown[0].partition("=")[0], kinds, title))
     values: Mapping[str, Any] = {name: getattr(parsed, name) for name in extra}
     # Of several experiments, each keeps its own defaults: only what was typed is passed on.
     typed = {argument.partition("=")[0] for argument in arguments}
@@ -212,6 +239,14 @@ def parse(
         for function in functions
     ]
     return flags(**{name: getattr(parsed, name) for name in own}), per_function
+
+
+def _unknown(word: str, names: Mapping[str, Any], title: str) -> str:
+    """A sentence on a word that no flag takes."""
+    there = [flag for name in names for flag in sorted(_flags_of(name)) if "_" not in flag]
+    what = "flag" if word.startswith("-") else "argument"
+    near = meant(word, there) if what == "flag" else ""
+    return f"{title} has no {what} {word}.{near} All are shown by: {title} --help"
 
 
 def _flags_of(name: str) -> set[str]:

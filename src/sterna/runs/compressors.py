@@ -5,6 +5,7 @@ surgery do the work; here they are tried over a range, and what comes out is bro
 """
 
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -346,14 +347,24 @@ def stored_bits(model: nn.Module) -> int:
 
 @contextmanager
 def _noted() -> Iterator[list[str]]:
-    """Collect the library's warnings as notes."""
+    """Collect the library's warnings as notes, which name flags in the place of parameters."""
     notes: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield notes
-    notes.extend(
-        dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning))
-    )
+    said = dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning))
+    notes.extend(_in_flags(text) for text in said)
+
+
+def _in_flags(text: str) -> str:
+    """A warning of the library's functions in words of ``sterna compress``.
+
+    Example:
+        >>> _in_flags("Raise strength (0.1) or epochs (5), or lower round_to (8).")
+        'Raise --strength (0.1) or --epochs (5), or lower --multiple-of (8).'
+    """
+    text = re.sub(r"\b(round_to|multiple_of)\b", "--multiple-of", text)
+    return re.sub(r"\b(?<!-)(strength|epochs)(?= \()", r"--\1", text)
 
 
 def control_of(model: nn.Module) -> nn.Module:

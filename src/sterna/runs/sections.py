@@ -90,6 +90,7 @@ _GROUPS: tuple[tuple[str, tuple[_Figure, ...]], ...] = (
         ),
     ),
 )
+_STALENESS = ("staleness_mean", "staleness_sum", "staleness_max")
 _FOLDED = ("Work", "Network")
 """Groups whose figures are told below the table where all experiments have the same."""
 _WORKER_COLUMNS: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
@@ -128,6 +129,8 @@ def ledger_table(comparison: Comparison, places: Mapping[str, int]) -> str:
         shown = []
         for row in rows:
             values = {s.means[row.key] for s in statistics}
+            if row.key in _STALENESS and not any(values):
+                continue  # nothing could be stale
             if title in _FOLDED and len(values) == 1 and len(statistics) > 1:
                 alike += [_said(row, value) for value in values if value is not None]
             elif values != {None}:
@@ -247,19 +250,21 @@ def workers_table(runs: Sequence[Finished]) -> str:
     runs = [run for run in runs if run.workers]
     if not runs:
         return ""
-    heads = "".join(f'<th scope="col">{title}</th>' for title, _, _ in _WORKER_COLUMNS)
+    stale = any(row.get(key) for run in runs for row in run.workers for key in _STALENESS)
+    columns = [c for c in _WORKER_COLUMNS if stale or c[1] not in _STALENESS]
+    heads = "".join(f'<th scope="col">{title}</th>' for title, _, _ in columns)
     parts = [
         '<div class="scroll" tabindex="0" role="region" aria-label="Ledger of each worker">'
         f'<table class="workers"><thead><tr><th scope="col">worker</th>{heads}</tr></thead>'
     ]
     for run in runs:
-        span = len(_WORKER_COLUMNS) + 1
+        span = len(columns) + 1
         title = escape(f"{run.experiment}, seed {run.seed}")
         parts.append(
             f'<tbody><tr class="group"><th scope="rowgroup" colspan="{span}">{title}</th></tr>'
         )
         for row in run.workers:
-            cells = "".join(f"<td>{write(row.get(key))}</td>" for _, key, write in _WORKER_COLUMNS)
+            cells = "".join(f"<td>{write(row.get(key))}</td>" for _, key, write in columns)
             worker = escape(str(row.get("worker")))
             parts.append(f'<tr><th scope="row">{worker}</th>{cells}</tr>')
         parts.append("</tbody>")

@@ -174,12 +174,14 @@ def run_table(summary: Summary) -> Table:
 
 
 def run_figures(summary: Summary) -> list[tuple[str, str]]:
-    """Label and written value of every known figure of one run."""
+    """Label and written value of every known figure of one run; staleness only with a server."""
     seed = summary.get("seed")
     found = [("experiment", str(summary.get("experiment", figures.MISSING)))]
     found += [("seed", str(seed))] if seed is not None else []
     for label, key, write in _FIGURES:
         value = number(summary, key)
+        if key.startswith("staleness") and not value and summary.get("refused") is None:
+            continue  # no server, and nothing that could be stale
         if value is not None:
             virtual = summary.get("engine") == "virtual" and label.endswith(", s")
             found.append((f"{label} (virtual)" if virtual else label, write(value)))
