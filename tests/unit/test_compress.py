@@ -24,6 +24,7 @@ from sterna.runs.compress import Bench, compress
 from sterna.runs.compressed_report import best_reached
 from sterna.runs.files import StoreError
 from sterna.runs.kept import kept_by_layer
+from sterna.runs.multiply_adds import multiply_adds
 from sterna.runs.request import Request
 from sterna.runs.subject import of_module, of_run
 from sterna.runs.worker import work
@@ -166,6 +167,15 @@ def test_group_lasso_candidates(subject, small_training, tmp_path):
     assert all(w % 8 == 0 for w in (again.layers[1].out_features, again.layers[3].out_features))
 
 
+def test_group_lasso_meets_shares(subject, small_training):
+    way = compressors.Ssl(shares=(0.3, 0.6), epochs=1, finetune_epochs=0, round_to=1)
+    found = list(way.candidates(subject.model, small_training))
+    assert [one.label for one in found] == ["60% of work", "30% of work"]
+    whole = multiply_adds(subject.model, subject.example[:1])
+    shares = [multiply_adds(one.model, subject.example[:1]) / whole for one in found]
+    assert shares[0] <= 0.6 and shares[1] <= 0.3
+
+
 def test_usual_strengths_end_where_an_idle_unit_vanishes(small_training):
     flat = replace(small_training, schedule=lambda done: 1.0)
     steps = 3 * (len(flat.data.train) // flat.batch_size)
@@ -223,6 +233,8 @@ def test_depth_needs_residual_blocks(subject, small_training):
     ("make", "said"),
     [
         (lambda: compressors.Ssl(strengths=(0.0,)), "strengths must be above 0"),
+        (lambda: compressors.Ssl(shares=(1.0,)), r"shares must lie in \(0, 1\)"),
+        (lambda: compressors.Ssl(strengths=(0.1, 0.2), shares=(0.5,)), "one or none beside shares"),
         (lambda: compressors.Ssl(epochs=0), "epochs must be at least 1; got 0"),
         (lambda: compressors.Magnitude(shares=()), r"shares must lie in \(0, 1\)"),
         (lambda: compressors.LowRank(shares=(1.0,)), "shares must lie"),

@@ -36,6 +36,8 @@ def compress_command(arguments: list[str]) -> None:
     """
     flags, _ = parse(CompressFlags, [], arguments, "sterna compress")
     check(flags)
+    progress = Console(stderr=True, quiet=flags.quiet)
+    progress.print(f"Compressing {flags.model} by {flags.method}", highlight=False, soft_wrap=True)
     from sterna.export.onnx import require_packages
     from sterna.runs.compress import Bench, compress
     from sterna.runs.compressed_report import best_reached, conclusion
@@ -46,7 +48,6 @@ def compress_command(arguments: list[str]) -> None:
     subject = _subject(flags, value(flags, "lr"), value(flags, "batch_size"), flags.seed)
     stamp = time.strftime("%Y%m%d-%H%M%S")
     folder = flags.out or Path("runs") / f"compress-{flags.method}-{stamp}"
-    progress = Console(stderr=True, quiet=flags.quiet)
     outcome = compress(
         subject,
         compressor,
@@ -148,7 +149,11 @@ def _compressor(flags: CompressFlags) -> Any:
     force = flags.strength[0] if flags.strength else 0.03
     make: Mapping[str, Callable[[], Any]] = {
         "ssl": lambda: compressors.Ssl(
-            strengths=flags.strength, depth=value(flags, "depth"), epochs=epochs, **both
+            strengths=flags.strength,
+            depth=value(flags, "depth"),
+            epochs=epochs,
+            **shares,
+            **both,
         ),
         "force": lambda: compressors.LowRank(
             force=force, form=form, epochs=epochs, **shares, **both

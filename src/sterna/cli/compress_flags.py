@@ -85,8 +85,8 @@ class CompressFlags(ModelFlags):
     shares: Annotated[
         tuple[float, ...],
         _arg(
-            help="force, low-rank: multiply-adds that are left; magnitude: units that are; by default "
-            "0.75 0.5 0.35 0.25 0.15"
+            help="ssl: multiply-adds that may be left, one strength for all; force, low-rank: those that "
+            "are; magnitude: units that are; by default, but for ssl, 0.75 0.5 0.35 0.25 0.15"
         ),
     ] = ()
     form: Annotated[
@@ -158,7 +158,7 @@ _TRAINED = ("ssl", "force", "low-rank", "magnitude")
 _ONLY_FOR: Mapping[str, tuple[str, ...]] = {
     "strength": ("ssl", "force"),
     "depth": ("ssl",),
-    "shares": ("force", "low-rank", "magnitude"),
+    "shares": ("ssl", "force", "low-rank", "magnitude"),
     "form": ("force", "low-rank"),
     "passes": ("ternary",),
     "epochs": ("ssl", "force", "low-rank"),
@@ -202,6 +202,8 @@ def check(flags: CompressFlags) -> None:
             )
     if flags.method == "force" and len(flags.strength) > 1:
         raise UsageError("--strength takes one value with --method force.")
+    if flags.method == "ssl" and flags.shares and len(flags.strength) > 1:
+        raise UsageError("--strength takes one value beside --shares.")
     for strength in flags.strength:
         least = 0.0 if flags.method == "ssl" else -math.inf
         must = "above 0 and finite" if flags.method == "ssl" else "finite"

@@ -91,6 +91,7 @@ def sparsify(
     layers: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
     factors: Sequence[tuple[str, float]] = (),
+    by_cost: float = 0.0,
     adaptive: float | None = None,
     proximal: bool = True,
     vanished: float = 0.05,
@@ -113,6 +114,9 @@ def sparsify(
         layers: `fnmatch` patterns of the groups and blocks that are penalised.
         exclude: patterns of those that are not.
         factors: pairs (pattern, factor of the strength) by group or block; the first that fits counts.
+        by_cost: let strengths, and the lengths below which units go, grow with the multiply-adds that a
+            unit of the group costs, over the geometric mean of the groups, to this power; 0: all alike,
+            1: in proportion.
         adaptive: let the penalty of a unit fall with its length: e in (4) of `GroupLasso`, in mean
             lengths. None: all units of a layer alike.
         proximal: the step (1); otherwise the penalty is added to the loss.
@@ -150,7 +154,7 @@ def sparsify(
         >>> report.widths["0"][1] < 32, report.finetuned.accuracy
         (True, 1.0)
     """
-    _check(strength, depth, epochs, finetune_epochs, vanished, multiply_adds)
+    _check(strength, depth, by_cost, epochs, finetune_epochs, vanished, multiply_adds)
     small, example = copied(model).to(training.device), training.example
     found = Structures.of(small, example, layers=layers, exclude=exclude, depth=depth > 0)
     if depth > 0 and not found.branches:
@@ -159,12 +163,13 @@ def sparsify(
             f"exclude leave in passes its input on when its last layer is zero; got {depth!r}."
         )
     target = None if multiply_adds is None else multiply_adds * found.multiply_adds
+    cut = _Cut(found, _weights(found, small, example, by_cost), round_to, example)
     if target is not None:
-        _reachable(small, found, target, round_to, example)
+        cut.require(small, target)
     dense = training.judge(small)
 
     def lassos() -> list[GroupLasso]:
-        return found.penalties(small, strength, depth, factors, adaptive)
+        return found.penalties(small, strength, depth, factors, adaptive, cut.weights)
 
     inner = objective or training.objective
     middle = epochs / (epochs + finetune_epochs) if one_schedule else 1.0
@@ -191,8 +196,8 @@ def sparsify(
     penalised = training.judge(small)
 
     if target is not None:
-        vanished = _least(small, found, vanished, target, round_to, example)
-    edits = _cut(small, found, vanished, round_to, example)
+        vanished = cut.least(small, vanished, target)
+    edits = cut.edits(small, vanished)
     small = edits[-1][0] if edits else small
     if not any(report.widths or report.replaced for _, report in edits):
         warnings.warn(
@@ -242,75 +247,91 @@ def front(
         yield sparsify(model, training, strength=strength, **options)
 
 
-def _cut(
-    model: nn.Module, found: Structures, vanished: float, round_to: int, example: Tensor
-) -> list[tuple[nn.Module, Report]]:
-    """The edits that take out what vanished: blocks, then units; the first changes ``model``."""
-    edits: list[tuple[nn.Module, Report]] = []
-    lengths = found.branch_lengths(model)
-    limit = vanished * typical(torch.tensor(list(lengths.values())))
-    gone = [name for name, length in lengths.items() if length <= limit]
-    units = found.norms(model)
-    if gone:
-        for name in gone:
-            for part in found.branches[name]:
-                model.get_parameter(part.parameter).detach().zero_()
-        edits.append(remove_blocks(model, example))
-        model = edits[-1][0]
-        left = Structures.of(model, example).norms(model)
-        units = {name: norms for name, norms in left.items() if name in units}
-    keep = {name: norms > vanished * typical(norms) for name, norms in units.items()}
-    keep = {name: alive for name, alive in keep.items() if not alive.all()}
-    if keep:
-        edits.append(shrink(model, example, keep, round_to=round_to))
-    return edits
+@dataclass(frozen=True)
+class _Cut:
+    """Takes out what is at most v times as long as its layer's mean, times the layer's weight."""
+
+    found: Structures
+    weights: Mapping[str, float]
+    round_to: int
+    example: Tensor
+
+    def edits(self, model: nn.Module, v: float) -> list[tuple[nn.Module, Report]]:
+        """Blocks go first, then units; the first edit changes ``model``."""
+        edits: list[tuple[nn.Module, Report]] = []
+        lengths = self.found.branch_lengths(model)
+        limit = v * typical(torch.tensor(list(lengths.values())))
+        gone = [name for name, length in lengths.items() if length <= limit]
+        units = self.found.norms(model)
+        if gone:
+            for name in gone:
+                for part in self.found.branches[name]:
+                    model.get_parameter(part.parameter).detach().zero_()
+            edits.append(remove_blocks(model, self.example))
+            model = edits[-1][0]
+            left = Structures.of(model, self.example).norms(model)
+            units = {name: norms for name, norms in left.items() if name in units}
+        keep = {
+            name: norms > v * self.weights.get(name, 1.0) * typical(norms)
+            for name, norms in units.items()
+        }
+        keep = {name: alive for name, alive in keep.items() if not alive.all()}
+        if keep:
+            edits.append(shrink(model, self.example, keep, round_to=self.round_to))
+        return edits
+
+    def left(self, model: nn.Module, v: float) -> int:
+        """Multiply-adds after the cut; the model is not changed."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the cut that is made in the end warns
+            edits = self.edits(copied(model), v)
+        return edits[-1][1].multiply_adds_after if edits else self.found.multiply_adds
+
+    def require(self, model: nn.Module, target: float) -> None:
+        """Raise where no cut leaves as little as the target."""
+        least, dense = self.left(model, math.inf), self.found.multiply_adds
+        if least > target:
+            raise ValueError(
+                f"sparsify: multiply_adds cannot be met: {target / dense:.3g} of the dense model's was "
+                f"asked for, and with one unit in each layer, rounded up to {self.round_to}, "
+                f"{least / dense:.3g} is left. Ask for more, or lower round_to."
+            )
+
+    def least(self, model: nn.Module, v: float, target: float) -> float:
+        """The least v from ``v`` on at which no more than the target is left, by bisection."""
+        lengths = [
+            norms / (typical(norms) * self.weights.get(name, 1.0))
+            for name, norms in self.found.norms(model).items()
+            if norms.any()
+        ]
+        branches = torch.tensor(list(self.found.branch_lengths(model).values()))
+        if branches.any():
+            lengths.append(branches / typical(branches))
+        # A step above what is to go, since a unit's quotient and product may differ in the last bit.
+        steps = [v, *sorted({1.000001 * float(x) for x in torch.cat(lengths) if x > v})]
+        low, high = 0, len(steps) - 1
+        while low < high:
+            middle = (low + high) // 2
+            if self.left(model, steps[middle]) <= target:
+                high = middle
+            else:
+                low = middle + 1
+        return steps[low]
 
 
-def _left(
-    model: nn.Module, found: Structures, vanished: float, round_to: int, example: Tensor
-) -> int:
-    """Multiply-adds after the cut; the model is not changed."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the cut that is made in the end warns
-        edits = _cut(copied(model), found, vanished, round_to, example)
-    return edits[-1][1].multiply_adds_after if edits else found.multiply_adds
-
-
-def _reachable(
-    model: nn.Module, found: Structures, target: float, round_to: int, example: Tensor
-) -> None:
-    least = _left(model, found, math.inf, round_to, example)
-    if least > target:
-        raise ValueError(
-            f"sparsify: multiply_adds cannot be met: {target / found.multiply_adds:.3g} of the dense model's "
-            f"was asked for, and with one unit in each layer, rounded up to {round_to}, "
-            f"{least / found.multiply_adds:.3g} is left. Ask for more, or lower round_to."
-        )
-
-
-def _least(
-    model: nn.Module,
-    found: Structures,
-    vanished: float,
-    target: float,
-    round_to: int,
-    example: Tensor,
-) -> float:
-    """The least v from ``vanished`` on at which no more than the target is left, by bisection."""
-    lengths = [norms / typical(norms) for norms in found.norms(model).values() if norms.any()]
-    branches = torch.tensor(list(found.branch_lengths(model).values()))
-    if branches.any():
-        lengths.append(branches / typical(branches))
-    longer = {float(v) for v in torch.cat(lengths) if v > vanished}
-    steps = [vanished, *sorted(longer)]
-    low, high = 0, len(steps) - 1
-    while low < high:
-        middle = (low + high) // 2
-        if _left(model, found, steps[middle], round_to, example) <= target:
-            high = middle
-        else:
-            low = middle + 1
-    return steps[low]
+def _weights(
+    found: Structures, model: nn.Module, example: Tensor, power: float
+) -> dict[str, float]:
+    """What a unit of each group costs in multiply-adds, over the geometric mean, to a power."""
+    if not power:
+        return {}
+    costs: dict[str, float] = {}
+    for name, norms in found.norms(model).items():
+        if len(norms) > 1:
+            _, report = shrink(model, example, {name: list(range(1, len(norms)))})
+            costs[name] = max(1, report.multiply_adds_before - report.multiply_adds_after)
+    mean = math.exp(math.fsum(map(math.log, costs.values())) / max(1, len(costs)))
+    return {name: (cost / mean) ** power for name, cost in costs.items()}
 
 
 def _count(model: nn.Module) -> int:
@@ -320,12 +341,13 @@ def _count(model: nn.Module) -> int:
 def _check(
     strength: float,
     depth: float,
+    by_cost: float,
     epochs: int,
     finetune_epochs: int,
     vanished: float,
     multiply_adds: float | None,
 ) -> None:
-    for name, value in (("strength", strength), ("depth", depth)):
+    for name, value in (("strength", strength), ("depth", depth), ("by_cost", by_cost)):
         if not 0 <= value < math.inf:
             raise ValueError(f"sparsify: {name} must be at least 0 and finite; got {value!r}.")
     if not strength + depth > 0:

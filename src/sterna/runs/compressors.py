@@ -90,7 +90,9 @@ class Ssl:
 
     Args:
         strengths: of the penalty; empty: six around that which lets a unit of mean length vanish just at
-            the end, if the loss does not hold it.
+            the end, if the loss does not hold it, or that one alone where there are ``shares``.
+        shares: of the multiply-adds that may be left, a candidate for each, in (0, 1); then there is at
+            most one strength. Empty: a candidate for each strength, and only what vanished goes.
         depth: strength for whole residual blocks over that for units; 0 keeps them.
         epochs: with the penalty, at least 1.
         finetune_epochs: after the cut.
@@ -102,6 +104,7 @@ class Ssl:
     """
 
     strengths: tuple[float, ...] = ()
+    shares: tuple[float, ...] = ()
     depth: float = 0.0
     epochs: int = 5
     finetune_epochs: int = 5
@@ -112,24 +115,37 @@ class Ssl:
     def __post_init__(self) -> None:
         if not all(0 < s < math.inf for s in self.strengths):
             raise ValueError(f"Ssl: strengths must be above 0 and finite; got {self.strengths!r}.")
+        if self.shares:
+            _shares("Ssl", self.shares)
+        if self.shares and len(self.strengths) > 1:
+            raise ValueError(
+                f"Ssl: strengths must be one or none beside shares; got {self.strengths!r}."
+            )
         if self.epochs < 1:
             raise ValueError(f"Ssl: epochs must be at least 1; got {self.epochs}.")
 
     def candidates(self, model: nn.Module, training: Training) -> Iterator[Candidate]:
-        """One for each strength."""
+        """One for each strength, or for each share."""
         if self.depth > 0 and not branch_ends(model, training.example):
             raise ValueError(
                 f"Ssl: depth must be 0 for {type(model).__name__}: it has no residual block that passes "
                 f"its input on; got {self.depth!r}."
             )
         strengths = sorted(set(self.strengths or self._usual(training)))
+        shares = sorted(set(self.shares), reverse=True)
+        tried: list[tuple[float, float | None]] = [(strength, None) for strength in strengths]
         labels = _labels(strengths, lambda s, more: f"strength {s:.{2 + more}g}")
-        for strength, label in zip(strengths, labels, strict=True):
+        if shares:
+            strength = strengths[0] if self.strengths else 1 / self._way(training)
+            tried = [(strength, share) for share in shares]
+            labels = _labels(shares, lambda s, more: f"{s:.{more}%} of work")
+        for (strength, share), label in zip(tried, labels, strict=True):
             with _noted() as notes:
                 small, report = sparsify(
                     model,
                     training,
                     strength=strength,
+                    multiply_adds=share,
                     depth=self.depth * strength,
                     epochs=self.epochs,
                     finetune_epochs=self.finetune_epochs,
@@ -143,8 +159,10 @@ class Ssl:
 
     def _usual(self, training: Training) -> tuple[float, ...]:
         """0.5 to 4 over the sum of the learning rates of all steps."""
-        way = self.rate * _distance(training, self.epochs)
-        return tuple(c / way for c in (0.5, 1.0, 1.5, 2.0, 3.0, 4.0))
+        return tuple(c / self._way(training) for c in (0.5, 1.0, 1.5, 2.0, 3.0, 4.0))
+
+    def _way(self, training: Training) -> float:
+        return self.rate * _distance(training, self.epochs)
 
 
 def _distance(training: Training, epochs: int) -> float:
