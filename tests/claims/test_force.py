@@ -39,10 +39,8 @@ VARIANCE = 0.95
 LAYERS = ("conv2", "fc1")
 SEEDS = 3
 FORCES = {
-    "l2": ("l2", 3e-2),
-    "l2, strong": ("l2", 1e-1),
-    "l1": ("l1", 3e-2),
-    "l1, strong": ("l1", 1e-1),
+    "l2": ("l2", 5e-2),
+    "l1": ("l1", 5e-2),
 }
 
 

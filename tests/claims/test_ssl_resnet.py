@@ -40,9 +40,9 @@ from sterna.surgery import couple
 RESULTS = Path(
     os.environ.get("STERNA_CLAIMS") or Path(__file__).parents[2] / "benchmarks" / "results"
 )
-DENSE, PENALISED, FINETUNED = map(int, os.environ.get("STERNA_RESNET_EPOCHS", "4,2,4").split(","))
+DENSE, PENALISED, FINETUNED = map(int, os.environ.get("STERNA_RESNET_EPOCHS", "3,1,4").split(","))
 SEEDS = int(os.environ.get("STERNA_RESNET_SEEDS", "3"))
-STRENGTH, DEPTH, ROUND_TO = 0.002, 0.004, 4
+STRENGTH, DEPTH, ROUND_TO = 0.005, 0.01, 4
 TARGETS = {"2x": (0.25, 0.5), "4x": (0.065, 0.75)}
 """Share of the multiply-adds that SSL leaves, and share of the channels that the peer removes."""
 
@@ -86,7 +86,12 @@ def arms(training: Training, seed: int) -> dict[str, Any]:
     training.fit(start, DENSE, phase="dense")
     models: dict[str, nn.Module] = {"dense": deepcopy(start)}
     training.fit(models["dense"], PENALISED + FINETUNED, phase="dense, further")
-    options: dict[str, Any] = {"epochs": PENALISED, "finetune_epochs": FINETUNED}
+    options: dict[str, Any] = {
+        "epochs": PENALISED,
+        "finetune_epochs": FINETUNED,
+        "adaptive": 0.3,
+        "one_schedule": True,
+    }
     reports = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the widths are in the table

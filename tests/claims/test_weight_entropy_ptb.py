@@ -32,7 +32,7 @@ from sterna.seams import Exchange
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 WORDS, TEST_WORDS, HIDDEN = 60_000, 40_000, 100
-RATES, EPOCHS, SEEDS, EVERY = (5.0, 10.0, 20.0), 4, 3, 8
+RATES, EPOCHS, SEEDS, EVERY = (10.0, 20.0), 4, 3, 8
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -134,27 +134,6 @@ def test_a_target_is_met_with_the_least_that_must_go(training, dense, round_to: 
     assert more.multiply_adds_after > 0.3 * more.multiply_adds_before, "more went than had to"
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_what_costs_more_goes_first(training) -> None:
-    with isolated(0, "network"):
-        model = nn.Sequential(
-            nn.Conv2d(1, 8, 3, padding=1),
-            nn.ReLU(),
-            nn.Flatten(),
-            nn.Linear(512, 16),
-            nn.ReLU(),
-            nn.Linear(16, 10),
-        )
-    options = {"strength": 1e-7, "epochs": 1, "finetune_epochs": 0, "multiply_adds": 0.5}
-    _, alike = sparsify(model, training, **options)
-    _, costly = sparsify(model, training, by_cost=2.0, **options)
-    # A filter costs 64 * (9 + 16) multiply-adds, a neuron 512 + 10.
-    assert costly.widths["0"][1] < alike.widths["0"][1]
-    assert costly.widths["3"][1] > alike.widths["3"][1]
-    with pytest.raises(ValueError, match="by_cost must be at least 0"):
-        sparsify(model, training, by_cost=-1.0, **options)
-
-
 def test_a_target_that_is_met_by_what_vanished_cuts_no_more(training, dense) -> None:
     options = {"strength": 0.03, "epochs": 2, "finetune_epochs": 0}
     plain, report = sparsify(dense, training, **options)

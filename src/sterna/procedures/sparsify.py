@@ -91,7 +91,6 @@ def sparsify(
     layers: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
     factors: Sequence[tuple[str, float]] = (),
-    by_cost: float = 0.0,
     adaptive: float | None = None,
     proximal: bool = True,
     vanished: float = 0.05,
@@ -114,9 +113,6 @@ def sparsify(
         layers: `fnmatch` patterns of the groups and blocks that are penalised.
         exclude: patterns of those that are not.
         factors: pairs (pattern, factor of the strength) by group or block; the first that fits counts.
-        by_cost: let strengths, and the lengths below which units go, grow with the multiply-adds that a
-            unit of the group costs, over the geometric mean of the groups, to this power; 0: all alike,
-            1: in proportion.
         adaptive: let the penalty of a unit fall with its length: e in (4) of `GroupLasso`, in mean
             lengths. None: all units of a layer alike.
         proximal: the step (1); otherwise the penalty is added to the loss.
@@ -154,7 +150,7 @@ def sparsify(
         >>> report.widths["0"][1] < 32, report.finetuned.accuracy
         (True, 1.0)
     """
-    _check(strength, depth, by_cost, epochs, finetune_epochs, vanished, multiply_adds)
+    _check(strength, depth, epochs, finetune_epochs, vanished, multiply_adds)
     small, example = copied(model).to(training.device), training.example
     found = Structures.of(small, example, layers=layers, exclude=exclude, depth=depth > 0)
     if depth > 0 and not found.branches:
@@ -163,13 +159,13 @@ def sparsify(
             f"exclude leave in passes its input on when its last layer is zero; got {depth!r}."
         )
     target = None if multiply_adds is None else multiply_adds * found.multiply_adds
-    cut = _Cut(found, _weights(found, small, example, by_cost), round_to, example)
+    cut = _Cut(found, round_to, example)
     if target is not None:
         cut.require(small, target)
     dense = training.judge(small)
 
     def lassos() -> list[GroupLasso]:
-        return found.penalties(small, strength, depth, factors, adaptive, cut.weights)
+        return found.penalties(small, strength, depth, factors, adaptive)
 
     inner = objective or training.objective
     middle = epochs / (epochs + finetune_epochs) if one_schedule else 1.0
@@ -249,10 +245,9 @@ def front(
 
 @dataclass(frozen=True)
 class _Cut:
-    """Takes out what is at most v times as long as its layer's mean, times the layer's weight."""
+    """Takes out what is at most v times as long as its layer's mean."""
 
     found: Structures
-    weights: Mapping[str, float]
     round_to: int
     example: Tensor
 
@@ -271,10 +266,7 @@ class _Cut:
             model = edits[-1][0]
             left = Structures.of(model, self.example).norms(model)
             units = {name: norms for name, norms in left.items() if name in units}
-        keep = {
-            name: norms > v * self.weights.get(name, 1.0) * typical(norms)
-            for name, norms in units.items()
-        }
+        keep = {name: norms > v * typical(norms) for name, norms in units.items()}
         keep = {name: alive for name, alive in keep.items() if not alive.all()}
         if keep:
             edits.append(shrink(model, self.example, keep, round_to=self.round_to))
@@ -299,11 +291,8 @@ class _Cut:
 
     def least(self, model: nn.Module, v: float, target: float) -> float:
         """The least v from ``v`` on at which no more than the target is left, by bisection."""
-        lengths = [
-            norms / (typical(norms) * self.weights.get(name, 1.0))
-            for name, norms in self.found.norms(model).items()
-            if norms.any()
-        ]
+        units = self.found.norms(model).values()
+        lengths = [norms / typical(norms) for norms in units if norms.any()]
         branches = torch.tensor(list(self.found.branch_lengths(model).values()))
         if branches.any():
             lengths.append(branches / typical(branches))
@@ -319,21 +308,6 @@ class _Cut:
         return steps[low]
 
 
-def _weights(
-    found: Structures, model: nn.Module, example: Tensor, power: float
-) -> dict[str, float]:
-    """What a unit of each group costs in multiply-adds, over the geometric mean, to a power."""
-    if not power:
-        return {}
-    costs: dict[str, float] = {}
-    for name, norms in found.norms(model).items():
-        if len(norms) > 1:
-            _, report = shrink(model, example, {name: list(range(1, len(norms)))})
-            costs[name] = max(1, report.multiply_adds_before - report.multiply_adds_after)
-    mean = math.exp(math.fsum(map(math.log, costs.values())) / max(1, len(costs)))
-    return {name: (cost / mean) ** power for name, cost in costs.items()}
-
-
 def _count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
@@ -341,13 +315,12 @@ def _count(model: nn.Module) -> int:
 def _check(
     strength: float,
     depth: float,
-    by_cost: float,
     epochs: int,
     finetune_epochs: int,
     vanished: float,
     multiply_adds: float | None,
 ) -> None:
-    for name, value in (("strength", strength), ("depth", depth), ("by_cost", by_cost)):
+    for name, value in (("strength", strength), ("depth", depth)):
         if not 0 <= value < math.inf:
             raise ValueError(f"sparsify: {name} must be at least 0 and finite; got {value!r}.")
     if not strength + depth > 0:

@@ -115,7 +115,6 @@ class Structures:
         depth: float = 0.0,
         factors: Sequence[tuple[str, float]] = (),
         adaptive: float | None = None,
-        weights: Mapping[str, float] | None = None,
     ) -> list[GroupLasso]:
         """One group lasso for each group, as strong as its living units are long on average now.
 
@@ -128,7 +127,6 @@ class Structures:
             depth: of residual branches; 0 leaves them out.
             factors: pairs (pattern, factor) by group or block, the first that fits counts.
             adaptive: e in (4) of `GroupLasso`, in average lengths.
-            weights: a further factor by group.
 
         Raises:
             ValueError: a pattern of ``factors`` fits nothing.
@@ -150,7 +148,6 @@ class Structures:
         lassos = []
         for name, basic, parts, mean in found:
             factor = next((x for p, x in factors if fnmatchcase(name, p)), 1.0)
-            factor *= (weights or {}).get(name, 1.0)
             if basic * factor * mean > 0:
                 bend = None if adaptive is None else adaptive * mean
                 lassos.append(GroupLasso(units=basic * factor * mean, tied=(parts,), adaptive=bend))
