@@ -50,6 +50,7 @@ class Setting:
         batch: examples a step, over all workers.
         warm_up: steps in which the rate rises.
         first_look: step of the first evaluation.
+        rate_factor: of the learning rates that an arm chooses from.
         tuning_seed: seed of the runs that choose the rate.
         seeds: seeds of the runs that count.
     """
@@ -61,6 +62,7 @@ class Setting:
     batch: int = 128
     warm_up: int = 32
     first_look: int = 384
+    rate_factor: float = 1.0
     tuning_seed: int = 0
     seeds: tuple[int, ...] = (1, 2, 3)
 
@@ -80,7 +82,14 @@ class Setting:
 SETTINGS = {
     "mlp": Setting("mlp", target=0.98, validation_target=0.978, horizon=1024),
     "mlp10": Setting("mlp10", target=0.98, validation_target=0.978, horizon=1024),
-    "cnn": Setting("cnn", target=0.985, validation_target=0.983, horizon=512, first_look=128),
+    "cnn": Setting(
+        "cnn",
+        target=0.985,
+        validation_target=0.983,
+        horizon=512,
+        first_look=128,
+        rate_factor=0.25,
+    ),
 }
 cross_entropy = nn.functional.cross_entropy
 

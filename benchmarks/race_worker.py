@@ -121,7 +121,7 @@ def _rate(name: str, setting: Setting, folder: Path) -> float:
     if other is not None:
         return _rate(other, setting, folder)
     kept = _Kept(name, setting, folder)
-    for lr in ARMS[name].rates:
+    for lr in (setting.rate_factor * rate for rate in ARMS[name].rates):
         if lr not in [run["lr"] for run in kept.tuning]:
             # A rate that is slower than the best so far need not be followed to its end.
             limit = min([run["steps"] for run in kept.tuning if run["steps"]] or [setting.horizon])
