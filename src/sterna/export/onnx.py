@@ -8,16 +8,12 @@ A file that does not agree is not written. The model is never changed: a copy on
 mode, is exported.
 """
 
-import logging
 import os
 import re
 import shutil
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +22,11 @@ from torch import Tensor, nn
 
 from sterna.export.inputs import Example, at_batch, batch_size, mapped, tensors
 from sterna.export.runtime import ExportError, agreement, first_line
+from sterna.quiet import quiet
 from sterna.randomness import isolated
 from sterna.surgery.program import copied
 
 _NEEDED = ("onnx", "onnxscript", "onnxruntime")
-_LOGGERS = ("torch.onnx", "torch.export", "torch._export", "torch.fx", "onnxscript", "onnx_ir")
 _LARGEST = 2**31  # bytes of one protobuf message
 
 
@@ -322,19 +318,3 @@ def _write_whole(path: Path, content: bytes) -> None:
         ) from error
     finally:
         beside.unlink(missing_ok=True)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep the exporter's warnings and log lines from the user; what fails is raised all the same."""
-    names = [n for n in logging.root.manager.loggerDict if n.startswith(_LOGGERS)]
-    before = {n: logging.getLogger(n).level for n in {*_LOGGERS, *names}}
-    try:
-        for name in before:
-            logging.getLogger(name).setLevel(logging.CRITICAL)
-        with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for name, level in before.items():
-            logging.getLogger(name).setLevel(level)

@@ -20,8 +20,9 @@ import torch
 from torch import nn
 
 from sterna.export.inputs import Example, at_batch, feeds
-from sterna.export.onnx import onnx_bytes, quiet
+from sterna.export.onnx import onnx_bytes
 from sterna.export.runtime import session
+from sterna.quiet import quiet
 from sterna.surgery.program import copied
 
 Engine: TypeAlias = Literal["onnxruntime", "eager", "compiled"]

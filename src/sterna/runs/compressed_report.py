@@ -91,15 +91,15 @@ def best_reached(outcome: "Outcome") -> str:
     real = real or [t for t in outcome.tried if t.bits < summary["model_bits_dense"]]
     if not real:
         return (
-            f"No candidate removed anything, so nothing is within {kept}; raise --strength or --epochs, or "
-            "lower --multiple-of."
+            f"No candidate removed anything, so nothing is within {kept}. Ask for more: see the flags that "
+            "the method reads in `sterna compress --help`, --multiple-of above all."
         )
     nearest = max(real, key=lambda t: t.accuracy)
     lost = 100 * (summary["validation_accuracy_dense"] - nearest.accuracy)
     return (
         f"No candidate stays within {kept} on the validation examples. The nearest, {nearest.label}, has "
-        f"{percent(nearest.accuracy)}, {lost:.2f} points less. Allow more with --keep-accuracy, or train "
-        "longer with --finetune-epochs."
+        f"{percent(nearest.accuracy)}, {lost:.2f} points less. Allow more with --keep-accuracy"
+        f"{'' if outcome.by_size else ', or train longer with --finetune-epochs'}."
     )
 
 

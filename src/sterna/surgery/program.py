@@ -1,15 +1,12 @@
 """A model's program: what `torch.export` makes of it on an example, or why it does not."""
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
 from copy import deepcopy
-from io import StringIO
 from typing import Any
-from warnings import catch_warnings, simplefilter
 
 import torch
 from torch import Tensor, nn
+
+from sterna.quiet import quiet
 
 TORCH = str(nn.__file__).rpartition("/nn/")[0]
 """Where torch's own files are."""
@@ -59,7 +56,7 @@ def program(model: nn.Module, inputs: tuple[Any, ...]) -> torch.export.ExportedP
             )
     copy = copied(model).eval()
     try:
-        with _silently():
+        with quiet():
             return torch.export.export(copy, inputs, strict=False)
     except Exception as error:
         lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
@@ -69,19 +66,3 @@ def program(model: nn.Module, inputs: tuple[Any, ...]) -> torch.export.ExportedP
             "The forward must run on the example, and may branch on shapes, not on values; pull a "
             "branch on values out of it, or shrink the submodules one by one."
         ) from error
-
-
-@contextmanager
-def _silently() -> Iterator[None]:
-    """Keep from the user what torch prints and logs of a graph; what fails is raised all the same."""
-    registered = [name for name in logging.root.manager.loggerDict if name.startswith("torch.")]
-    before = {name: logging.getLogger(name).level for name in registered}
-    try:
-        for name in before:
-            logging.getLogger(name).setLevel(logging.CRITICAL)
-        with catch_warnings(), redirect_stderr(StringIO()):
-            simplefilter("ignore")
-            yield
-    finally:
-        for name, level in before.items():
-            logging.getLogger(name).setLevel(level)
