@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 import processes
-from race_arms import ARMS, LOOK, STRETCH, Racer, Setting, built
+from race_arms import ARMS, LOOK, STRETCH, Diverged, InSterna, Racer, Setting, built
 from sterna.data import mnist
 from sterna.data.examples import Dataset, Examples
 from sterna.samplers import Shuffle
@@ -29,9 +29,18 @@ def data_of(part: str) -> Dataset:
 
 
 def train(
-    name: str, lr: float, seed: int, setting: Setting, data: Dataset, target: float, limit: int
+    name: str,
+    lr: float,
+    seed: int,
+    setting: Setting,
+    data: Dataset,
+    target: float,
+    limit: int,
+    watch: bool = False,
 ) -> dict[str, Any]:
     """Train one arm until the target or ``limit`` steps; the same answer on every rank.
+
+    ``watch`` ends it for all workers where one diverges; it takes time.
 
     Returns:
         ``steps`` and ``seconds`` to the target (None: not reached) and ``curve``: step, accuracy, seconds
@@ -45,13 +54,19 @@ def train(
     sampler = Shuffle(len(data.train), part, rank=rank, size=size, seed=seed)
     curve: list[tuple[int, float, float]] = []
     seconds, step, reached = 0.0, 0, False
+    if watch and isinstance(racer, InSterna):
+        racer.watch = True
     dist.barrier()
     start = time.perf_counter()
     while step < limit and not reached:
         for index in sampler:
             racer.set_rate(lr * setting.factor(step))
             batch = data.train[index]
-            racer.step(batch.inputs, batch.targets)
+            try:
+                racer.step(batch.inputs, batch.targets)
+            except Diverged:
+                limit = step
+                break
             step += 1
             if step % look == 0 and step >= setting.first_look:
                 dist.barrier()  # the slowest worker has come as far
@@ -130,7 +145,7 @@ def _rate(name: str, setting: Setting, folder: Path) -> float:
                 setting.validation_target,
                 setting.tuning_seed,
             )
-            kept.add("tuning", train(name, lr, seed, setting, data, target, limit))
+            kept.add("tuning", train(name, lr, seed, setting, data, target, limit, watch=True))
     return chosen(kept.tuning)
 
 
@@ -164,7 +179,7 @@ class _Kept:
             done = [one for one in self.runs if (one["seed"], one["horizon"], one["lr"]) == which]
             if not done:
                 data, limit = data_of("test"), setting.horizon
-                one = train(self.name, lr, seed, setting, data, setting.target, limit)
+                one = train(self.name, lr, seed, setting, data, setting.target, limit, watch=True)
                 self.add("runs", one)
                 done = [one]
             if done[0]["steps"] is None:
