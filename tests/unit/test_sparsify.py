@@ -12,6 +12,7 @@ from torch import nn
 from sterna.data import Dataset, Examples, digits
 from sterna.models import LSTMLanguageModel, ResNet
 from sterna.objectives import CrossEntropy, Force, GroupLasso, proximal_step
+from sterna.procedures.cut import Cut
 from sterna.procedures.sparsify import front, sparsify
 from sterna.procedures.structures import Structures, branch_ends, parts_of
 from sterna.procedures.training import Training
@@ -271,10 +272,106 @@ def test_whole_blocks_go() -> None:
     assert isinstance(small.stage2[1], nn.ReLU | nn.Identity)
     assert report.parameters_after == sum(p.numel() for p in small.parameters())
     assert report.multiply_adds_after < report.multiply_adds_before
+    assert not any(name.startswith("stage2.1") for name in report.widths)
     both, report = sparsify(model, training, strength=0.5, depth=0.05, epochs=1, finetune_epochs=0)
+    assert not any(name.startswith("stage2.1") for name in report.widths)
     assert "stage2.1" in report.blocks
     assert report.widths["stage1.0.conv1"] == (4, 3)
     assert both(training.example).shape == (1, 4)
+
+
+class Residual(nn.Module):
+    """``x + b(relu(a(x)))``."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.b(torch.relu(self.a(x)))
+
+
+class BlockFirst(nn.Module):
+    """Registers a block before the layer that makes its input: the stream is named after the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.stem, self.head = Residual(12, 6), nn.Linear(4, 12), nn.Linear(12, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.block(torch.relu(self.stem(x))))
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Training:
+    inputs = torch.randn(32, 4, generator=generator(0, "tiny"))
+    points = Examples(inputs, inputs.argmax(1))
+    data = Dataset("tiny", points, points, 4)
+    return Training(data=data, optimizer=partial(torch.optim.SGD, lr=1e-6), batch_size=8)
+
+
+def test_targets_are_met_with_blocks_too(tiny) -> None:
+    with isolated(0, "network"), torch.no_grad():
+        model = nn.Sequential(
+            nn.Linear(4, 12), Residual(12, 16), Residual(12, 16), nn.Linear(12, 4)
+        )
+        for layer in (model[0], model[3]):
+            layer.weight.mul_(0.05)
+        model[0].weight[:6].mul_(20)
+    for share in (0.03, 0.1, 0.4, 0.9):
+        small, report = sparsify(
+            model,
+            tiny,
+            strength=0.0,
+            depth=1e-3,
+            epochs=1,
+            finetune_epochs=0,
+            multiply_adds=share,
+        )
+        assert couple(small, tiny.example).multiply_adds == report.multiply_adds_after
+        assert report.multiply_adds_after <= share * report.multiply_adds_before
+        for name, (_, after) in report.widths.items():
+            assert not any(name.startswith(f"{block}.") for block in report.blocks)
+            assert small.get_submodule(name).out_features == after
+
+
+def test_a_stream_named_after_a_block_that_goes_is_cut_all_the_same(tiny) -> None:
+    with isolated(0, "network"):
+        model = BlockFirst()
+    found = Structures.of(model, tiny.example, depth=True)
+    with torch.no_grad():
+        for parameter in (model.block.b.weight, model.block.b.bias):
+            parameter.zero_()
+        model.block.a.weight[:, 6:] = 0
+        model.stem.weight[6:] = 0
+        model.stem.bias[6:] = 0
+        model.head.weight[:, 6:] = 0
+    assert "stem" not in found.units
+    made = Cut(found, 1, tiny.example).make(model, 0.05)
+    assert made.blocks == ("block",) and made.model.stem.out_features == 6
+    assert list(made.widths.values()) == [(12, 6)]
+    x = tiny.data.train.inputs
+    torch.testing.assert_close(made.model(x), model(x))
+
+
+def test_the_only_structure_may_be_a_block(tiny) -> None:
+    with isolated(0, "network"):
+        model = nn.Sequential(Residual(4, 16), nn.Linear(4, 4))
+    cut = Cut(Structures.of(model, tiny.example, depth=True), 1, tiny.example)
+    with torch.no_grad():
+        for parameter in model[0].b.parameters():
+            parameter.mul_(1e-3)
+    made = cut.make(model, 0.05)
+    assert made.blocks == ("0",) and made.widths == {}
+    assert isinstance(made.model[0], nn.Identity)
+
+
+def test_a_block_alone_goes_when_it_is_short_beside_its_beginning(tiny) -> None:
+    with isolated(0, "network"):
+        model = nn.Sequential(nn.Linear(4, 8), Residual(8, 8), nn.Linear(8, 4))
+    slow = replace(tiny, optimizer=partial(torch.optim.SGD, lr=0.01))
+    _, report = sparsify(model, slow, strength=0.0, depth=10.0, epochs=3, finetune_epochs=0)
+    assert report.blocks == ("1",)
 
 
 def test_hidden_units_of_an_lstm_go() -> None:

@@ -29,18 +29,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sterna.objectives.algebra import Sum
 from sterna.objectives.group_lasso import GroupLasso, proximal_step
-from sterna.procedures.structures import Structures, typical
+from sterna.procedures.cut import Cut
+from sterna.procedures.structures import Structures
 from sterna.procedures.training import Quality, Training
 from sterna.seams import Objective
-from sterna.surgery.depth import remove_blocks
-from sterna.surgery.description import Description, Report
+from sterna.surgery.description import Description
 from sterna.surgery.program import copied
-from sterna.surgery.shrink import shrink
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +157,7 @@ def sparsify(
             f"exclude leave in passes its input on when its last layer is zero; got {depth!r}."
         )
     target = None if multiply_adds is None else multiply_adds * found.multiply_adds
-    cut = _Cut(found, round_to, example)
+    cut = Cut(found, round_to, example)
     if target is not None:
         cut.require(small, target)
     dense = training.judge(small)
@@ -193,38 +191,33 @@ def sparsify(
 
     if target is not None:
         vanished = cut.least(small, vanished, target)
-    edits = cut.edits(small, vanished)
-    small = edits[-1][0] if edits else small
-    if not any(report.widths or report.replaced for _, report in edits):
+    made = cut.make(small, vanished)
+    small = made.model
+    if not made.removed:
         warnings.warn(
-            f"sparsify: nothing was removed: no unit fell below vanished={vanished!r} of its layer's mean "
-            f"length. Raise strength ({strength!r}) or epochs ({epochs}), or lower round_to ({round_to}).",
+            f"sparsify: nothing was removed: nothing fell below vanished={vanished!r} of its layer's mean "
+            f"length. {_way_out(strength, depth, epochs, round_to)}",
             stacklevel=2,
         )
     training.settle(small)
     shrunk = training.judge(small)
     training.fit(small, finetune_epochs, phase="finetune", rate=finetune_rate, span=finetune_span)
 
-    description = Description()
-    for _, report in edits:
-        description = description.then(report.description)
-    widths = {name: two for _, report in edits for name, two in report.widths.items()}
-    sizes = {name: len(norms) for name, norms in found.norms(model).items()}
     return small.train(model.training), Sparsified(
-        widths={name: widths.get(name, (size, size)) for name, size in sizes.items()},
-        blocks=tuple(name for _, report in edits for name in report.replaced),
+        widths=made.widths,
+        blocks=made.blocks,
         left=found.left,
         parameters_before=_count(model),
         parameters_after=_count(small),
         multiply_adds_before=found.multiply_adds,
-        multiply_adds_after=edits[-1][1].multiply_adds_after if edits else found.multiply_adds,
+        multiply_adds_after=made.multiply_adds,
         dense=dense,
         penalised=penalised,
         shrunk=shrunk,
         finetuned=training.judge(small),
         epochs=epochs + finetune_epochs,
         strength=strength,
-        description=description,
+        description=made.description,
     )
 
 
@@ -243,69 +236,10 @@ def front(
         yield sparsify(model, training, strength=strength, **options)
 
 
-@dataclass(frozen=True)
-class _Cut:
-    """Takes out what is at most v times as long as its layer's mean."""
-
-    found: Structures
-    round_to: int
-    example: Tensor
-
-    def edits(self, model: nn.Module, v: float) -> list[tuple[nn.Module, Report]]:
-        """Blocks go first, then units; the first edit changes ``model``."""
-        edits: list[tuple[nn.Module, Report]] = []
-        lengths = self.found.branch_lengths(model)
-        limit = v * typical(torch.tensor(list(lengths.values())))
-        gone = [name for name, length in lengths.items() if length <= limit]
-        units = self.found.norms(model)
-        if gone:
-            for name in gone:
-                for part in self.found.branches[name]:
-                    model.get_parameter(part.parameter).detach().zero_()
-            edits.append(remove_blocks(model, self.example))
-            model = edits[-1][0]
-            left = Structures.of(model, self.example).norms(model)
-            units = {name: norms for name, norms in left.items() if name in units}
-        keep = {name: norms > v * typical(norms) for name, norms in units.items()}
-        keep = {name: alive for name, alive in keep.items() if not alive.all()}
-        if keep:
-            edits.append(shrink(model, self.example, keep, round_to=self.round_to))
-        return edits
-
-    def left(self, model: nn.Module, v: float) -> int:
-        """Multiply-adds after the cut; the model is not changed."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the cut that is made in the end warns
-            edits = self.edits(copied(model), v)
-        return edits[-1][1].multiply_adds_after if edits else self.found.multiply_adds
-
-    def require(self, model: nn.Module, target: float) -> None:
-        """Raise where no cut leaves as little as the target."""
-        least, dense = self.left(model, math.inf), self.found.multiply_adds
-        if least > target:
-            raise ValueError(
-                f"sparsify: multiply_adds cannot be met: {target / dense:.3g} of the dense model's was "
-                f"asked for, and with one unit in each layer, rounded up to {self.round_to}, "
-                f"{least / dense:.3g} is left. Ask for more, or lower round_to."
-            )
-
-    def least(self, model: nn.Module, v: float, target: float) -> float:
-        """The least v from ``v`` on at which no more than the target is left, by bisection."""
-        units = self.found.norms(model).values()
-        lengths = [norms / typical(norms) for norms in units if norms.any()]
-        branches = torch.tensor(list(self.found.branch_lengths(model).values()))
-        if branches.any():
-            lengths.append(branches / typical(branches))
-        # A step above what is to go, since a unit's quotient and product may differ in the last bit.
-        steps = [v, *sorted({1.000001 * float(x) for x in torch.cat(lengths) if x > v})]
-        low, high = 0, len(steps) - 1
-        while low < high:
-            middle = (low + high) // 2
-            if self.left(model, steps[middle]) <= target:
-                high = middle
-            else:
-                low = middle + 1
-        return steps[low]
+def _way_out(strength: float, depth: float, epochs: int, round_to: int) -> str:
+    knobs = [f"{name} ({x!r})" for name, x in (("strength", strength), ("depth", depth)) if x]
+    rounded = f", or lower round_to ({round_to})" if round_to > 1 else ""
+    return f"Raise {' or '.join(knobs)} or epochs ({epochs}), or raise vanished{rounded}."
 
 
 def _count(model: nn.Module) -> int:

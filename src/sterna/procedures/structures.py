@@ -34,12 +34,15 @@ class Structures:
         branches: for each residual block the parts of the layer that its branch ends in.
         left: layers that are not penalised, with the reason.
         multiply_adds: of the model, for one example.
+        branch_length: mean root mean square of the branches' last layers, those at zero left out, when
+            the structures were found.
     """
 
     units: Mapping[str, tuple[Part, ...]]
     branches: Mapping[str, tuple[Part, ...]]
     left: Mapping[str, str]
     multiply_adds: int
+    branch_length: float = 0.0
 
     @classmethod
     def of(
@@ -90,11 +93,14 @@ class Structures:
             return fits and not any(fnmatchcase(name, p) for p in exclude)
 
         left |= {name: "it was excluded" for name in known if not wanted(name)}
+        branches = {name: parts for name, parts in branches.items() if wanted(name)}
+        lengths = [_root_mean_square(model, name, parts) for name, parts in branches.items()]
         return cls(
             units={name: parts for name, parts in units.items() if wanted(name)},
-            branches={name: parts for name, parts in branches.items() if wanted(name)},
+            branches=branches,
             left=left,
             multiply_adds=coupling.multiply_adds,
+            branch_length=typical(torch.tensor(lengths)),
         )
 
     def norms(self, model: nn.Module) -> dict[str, Norms]:
@@ -104,8 +110,7 @@ class Structures:
     def branch_lengths(self, model: nn.Module) -> dict[str, float]:
         """Root mean square of the last layer of each branch, by block."""
         return {
-            name: float(_norms(model, name, parts)) / math.sqrt(_size(model, parts))
-            for name, parts in self.branches.items()
+            name: _root_mean_square(model, name, parts) for name, parts in self.branches.items()
         }
 
     def penalties(
@@ -117,6 +122,8 @@ class Structures:
         adaptive: float | None = None,
     ) -> list[GroupLasso]:
         """One group lasso for each group, as strong as its living units are long on average now.
+
+        A branch's is as strong as all were long on average when they were found.
 
         So one strength fits all layers, whatever their sizes; in front of batch norms, where lengths
         mean nothing, it falls with them.
@@ -135,10 +142,8 @@ class Structures:
             (name, strength, self.units[name], typical(norms))
             for name, norms in self.norms(model).items()
         ]
-        lengths = self.branch_lengths(model)
-        each = typical(torch.tensor(list(lengths.values())))
         for name, parts in self.branches.items():
-            found.append((name, depth, parts, each * math.sqrt(_size(model, parts))))
+            found.append((name, depth, parts, self.branch_length * math.sqrt(_size(model, parts))))
         for pattern, _ in factors:
             if not any(fnmatchcase(name, pattern) for name, *_ in found):
                 raise ValueError(
@@ -168,6 +173,10 @@ def _size(model: nn.Module, parts: tuple[Part, ...]) -> int:
 @torch.no_grad()
 def _norms(model: nn.Module, name: str, parts: tuple[Part, ...]) -> Norms:
     return tied_block(model, name, parts, "Structures").norms()
+
+
+def _root_mean_square(model: nn.Module, name: str, parts: tuple[Part, ...]) -> float:
+    return float(_norms(model, name, parts)) / math.sqrt(_size(model, parts))
 
 
 def parts_of(model: nn.Module, group: Group) -> tuple[Part, ...]:

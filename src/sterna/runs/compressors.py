@@ -382,7 +382,7 @@ def _in_flags(text: str) -> str:
         'Raise --strength (0.1) or --epochs (5), or lower --multiple-of (8).'
     """
     text = re.sub(r"\b(round_to|multiple_of)\b", "--multiple-of", text)
-    return re.sub(r"\b(?<!-)(strength|epochs)(?= \()", r"--\1", text)
+    return re.sub(r"\b(?<!-)(strength|depth|epochs)(?= \()", r"--\1", text)
 
 
 def control_of(model: nn.Module) -> nn.Module:

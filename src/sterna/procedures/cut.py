@@ -1,0 +1,143 @@
+"""What vanished is cut out: whole residual blocks first, then units; to a target where there is one.
+
+    gone  =  { g : ||w_g|| <= v m_l },    v the least of ``vanished`` and what meets the target   (1)
+
+Symbols: w_g all weights of unit or branch g, m_l mean length of the units of its layer that are not zero, and
+of a branch the typical length of all branches when the structures were found. All lengths are those before
+anything is cut, so that (1) grows with v.
+"""
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sterna.procedures.structures import Structures, parts_of, typical
+from sterna.surgery.coupling import couple
+from sterna.surgery.depth import remove_blocks
+from sterna.surgery.description import Description
+from sterna.surgery.program import copied
+from sterna.surgery.shrink import shrink
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """What a cut made.
+
+    Args:
+        model: the smaller one, or the given one where nothing went.
+        widths: units before and after, by group; of groups that are still there.
+        blocks: residual blocks that went.
+        multiply_adds: of one example.
+        description: how to rebuild the model.
+    """
+
+    model: nn.Module
+    widths: Mapping[str, tuple[int, int]]
+    blocks: tuple[str, ...]
+    multiply_adds: int
+    description: Description
+
+    @property
+    def removed(self) -> bool:
+        """Whether anything went."""
+        return bool(self.blocks) or any(before > after for before, after in self.widths.values())
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Takes out of a model what is short.
+
+    Args:
+        found: the structures that may go.
+        round_to: widths are rounded up to multiples of it.
+        example: one input, shape (1, ...).
+    """
+
+    found: Structures
+    round_to: int
+    example: Tensor
+
+    def make(self, model: nn.Module, v: float) -> Made:
+        """Cut by (1); ``model`` is not changed."""
+        units, widths = self.found.norms(model), {}
+        alive = {name: norms > v * typical(norms) for name, norms in units.items()}
+        blocks = [name for name, x in self._branches(model).items() if x <= v]
+        description, multiply_adds = Description(), self.found.multiply_adds
+        if blocks:
+            model = copied(model)
+            for name in blocks:
+                for part in self.found.branches[name]:
+                    model.get_parameter(part.parameter).detach().zero_()
+            model, report = remove_blocks(model, self.example)
+            description, multiply_adds = report.description, report.multiply_adds_after
+            blocks = list(report.replaced)
+        names = self._named_now(model) if blocks else {name: name for name in units}
+        keep = {names[old]: mask for old, mask in alive.items() if old in names and not mask.all()}
+        widths = {old: (len(alive[old]), len(alive[old])) for old in units if old in names}
+        if keep:
+            model, report = shrink(model, self.example, keep, round_to=self.round_to)
+            description = description.then(report.description)
+            multiply_adds = report.multiply_adds_after
+            widths = {old: report.widths.get(names[old], two) for old, two in widths.items()}
+        return Made(
+            model=model,
+            widths=widths,
+            blocks=tuple(blocks),
+            multiply_adds=multiply_adds,
+            description=description,
+        )
+
+    def _branches(self, model: nn.Module) -> dict[str, float]:
+        lengths, typical_length = self.found.branch_lengths(model), self.found.branch_length
+        return {name: x / typical_length if typical_length else 0.0 for name, x in lengths.items()}
+
+    def _named_now(self, model: nn.Module) -> dict[str, str]:
+        """The groups of before that are still there, by what they are called without the blocks."""
+        now = {
+            name: set(parts_of(model, g)) for name, g in couple(model, self.example).groups.items()
+        }
+        return {
+            old: new
+            for old, parts in self.found.units.items()
+            for new in [next((n for n, others in now.items() if others & set(parts)), None)]
+            if new is not None
+        }
+
+    def left(self, model: nn.Module, v: float) -> int:
+        """Multiply-adds after the cut."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the cut that is made in the end warns
+            return self.make(model, v).multiply_adds
+
+    def require(self, model: nn.Module, target: float) -> None:
+        """See that a target can be met.
+
+        Raises:
+            ValueError: no cut leaves as little.
+        """
+        least, dense = self.left(model, math.inf), self.found.multiply_adds
+        if least > target:
+            raise ValueError(
+                f"sparsify: multiply_adds cannot be met: {target / dense:.3g} of the dense model's was "
+                f"asked for, and with one unit in each layer, rounded up to {self.round_to}, "
+                f"{least / dense:.3g} is left. Ask for more, or lower round_to."
+            )
+
+    def least(self, model: nn.Module, v: float, target: float) -> float:
+        """The least v from ``v`` on with which no more than the target is left, by bisection."""
+        lengths = [x / typical(x) for x in self.found.norms(model).values() if x.any()]
+        lengths.append(torch.tensor(list(self._branches(model).values())))
+        # A step above what is to go, since a unit's quotient and product may differ in the last bit.
+        steps = [v, *sorted({1.000001 * float(x) for x in torch.cat(lengths) if x > v}), math.inf]
+        low, high = 0, len(steps) - 1
+        while low < high:
+            middle = (low + high) // 2
+            if self.left(model, steps[middle]) <= target:
+                high = middle
+            else:
+                low = middle + 1
+        return steps[low]
