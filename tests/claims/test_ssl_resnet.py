@@ -3,8 +3,9 @@
 Measured on the CIFAR-10 subset with 3 seeds, every network for as many epochs in all: group lasso over the
 coupled channels and removal to two targets of multiply-adds; Torch-Pruning's group magnitude at two ratios;
 each shape that SSL found, trained from scratch; whole residual blocks alone (``depth``); and the dense
-network. Claims: the targets give about 2 and 4 times the dense speed in ONNX Runtime (batch 64, one thread);
-blocks go at a loss of 1.5 points at most. Who is ahead, SSL, the peer or scratch, is reported, not claimed.
+network. Claims: the targets give about 2 and 4 times the dense speed in ONNX Runtime (batch 64, one
+thread) at an accuracy no more than 3 points below the peer's; blocks go at a loss of 1.5 points at most.
+Who is ahead, SSL, the peer or scratch, is reported, not claimed.
 
 ``STERNA_RESNET_EPOCHS`` (dense,penalised,finetuned) and ``STERNA_RESNET_SEEDS`` change the size of the
 experiment, and ``STERNA_CLAIMS`` names another folder for the results.
@@ -206,7 +207,7 @@ def test_resnet_gets_faster_than_the_peers(shared_data: Path) -> None:
             f"{DENSE} dense, {PENALISED} with the penalty and {FINETUNED} after the cut, in one descent of "
             "the rate; Torch-Pruning 1.6.1 "
             f"(group magnitude, widths in multiples of {ROUND_TO}) cuts after the dense epochs. SGD with "
-            "Nesterov momentum 0.9, learning rate 0.1 down to 0 by half a cosine in each phase, weight decay "
+            "Nesterov momentum 0.9, learning rate 0.1 down to 0 by half a cosine, weight decay "
             "5e-4, batch 64, shifted and mirrored pictures. Times: ONNX Runtime, batch 64, one thread, "
             "medians of interleaved rounds, ratio to the dense network of the same seed. Differences in "
             "points, paired over the seeds, with 95 % intervals and the p-value of the t-test.",
@@ -217,6 +218,7 @@ def test_resnet_gets_faster_than_the_peers(shared_data: Path) -> None:
     }
     for name, times in (("2x", 1.8), ("4x", 3.6)):
         assert mean[f"SSL {name}"]["faster"] >= times, mean
-        assert mean[f"SSL {name}"]["accuracy"] > 0.5 * mean["dense"]["accuracy"], mean
+        rival = mean[f"Torch-Pruning {name}"]
+        assert mean[f"SSL {name}"]["accuracy"] >= rival["accuracy"] - 0.03, mean
     assert all(run["SSL depth"]["blocks"] for run in runs), "no block went"
     assert mean["SSL depth"]["accuracy"] >= mean["dense"]["accuracy"] - 0.015, mean
