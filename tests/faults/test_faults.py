@@ -22,6 +22,7 @@ from cli_runner import (
 from sterna.cli.commands import dispatch
 
 WORKERS = "3"
+OF_MINE = ["--weights", "mine.py", "--data", "digits"]
 
 
 @pytest.fixture
@@ -291,6 +292,7 @@ def test_new_run_does_not_write_into_an_old_one(finished: Path, folder: Path) ->
         (["run", "digits.sync", "--lr", "-1"], 2, ["--lr must be", "-1"]),
         (["run", "digits.sync", "--lr", "nan"], 2, ["--lr must be", "nan"]),
         (["run", "digits.asgd", "--momentum", "nan"], 2, ["--momentum must be", "nan"]),
+        (["run", "digits.gap_aware", "--lr", "-1"], 2, ["--lr must be", "-1"]),
         (["run", "digits.asgd", "--clip-norm", "-1"], 2, ["--clip-norm must be", "-1"]),
         (["run", "digits.sync", "--device", "foo"], 2, ["--device", "foo"]),
         (["run", "digits.sync", "--epoch", "3"], 2, ["--epoch.", "Did you mean --epochs?"]),
@@ -305,6 +307,7 @@ def test_new_run_does_not_write_into_an_old_one(finished: Path, folder: Path) ->
         (["run", "mnist.sync", "--data-dir", "."], 1, ["train-images", "STERNA_DATA"]),
         (["run", "mine.py:misfit"], 1, ["Linear", "(1, 64)"]),
         (["run", "--resume", "nowhere"], 2, ["nowhere"]),
+        (["run", "--resume", ".", "--timeout", "inf"], 2, ["--timeout must be", "inf"]),
         (["run", "--replay", "nowhere"], 2, ["nowhere"]),
         (["run", "--resume", "."], 1, ["run.json"]),
         (["compare", "digits.sync"], 2, ["two"]),
@@ -314,6 +317,10 @@ def test_new_run_does_not_write_into_an_old_one(finished: Path, folder: Path) ->
         (["compress", "nowhere", "--lr", "-1"], 2, ["--lr must be", "-1"]),
         (["compress", "nowhere", "--strength", "nan"], 2, ["--strength must be", "nan"]),
         (["compress", "nowhere", "--shares", "2", "--method", "magnitude"], 2, ["--shares", "2"]),
+        (["compress", "mine.py:typo", *OF_MINE], 2, ["mine.py:typo", "returns a Module"]),
+        (["compress", "mine.py:train", *OF_MINE[:2]], 2, ["needs --data"]),
+        (["compress", "mine.py:train", *OF_MINE[2:]], 2, ["needs --weights"]),
+        (["compress", "mine.py:train", "--weights", "no", *OF_MINE[2:]], 2, ["no does not exist"]),
         (["comprae"], 2, ["comprae", "Did you mean compare?"]),
         (["frobnicate"], 2, ["frobnicate", "compare"]),
     ],

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 import warnings
+from functools import partial
+from typing import Literal
 
 import pytest
 import torch
@@ -11,15 +13,21 @@ from torch import nn
 from sterna.cli import begins, listing
 from sterna.cli.begins import announcement
 from sterna.cli.commands import dispatch
+from sterna.cli.compress_flags import CompressFlags
 from sterna.cli.flags import CompareFlags, RunFlags, parse
+from sterna.cli.ranges import built
 from sterna.cli.usage import UsageError, meant
+from sterna.data import digits
 from sterna.ledger import Spent
 from sterna.randomness import isolated
 from sterna.runs.compare import FIGURES, compare
 from sterna.runs.compressors import _noted
 from sterna.runs.experiment import all_experiments
+from sterna.runs.request import Request
+from sterna.runs.run import Run
 from sterna.runs.sections import ledger_table, workers_table
 from sterna.runs.table import run_figures
+from sterna.samplers import Shuffle
 from sterna.surgery import Refused, couple
 
 SUMMARY = dict.fromkeys(FIGURES, 1.0) | {
@@ -155,6 +163,118 @@ def test_none_is_typed_as_the_help_says(word):
         _, (values,) = parse(RunFlags, [experiment], words, "sterna run")
         assert values["clip"] is None
     assert parse(RunFlags, [], ["--bandwidth", "none"], "sterna run")[0].bandwidth == "none"
+
+
+def mine(
+    *,
+    lr_max_scale: float = 1.0,
+    level: Literal[1, 2] = 1,
+    parts: tuple[Literal["in", "out"], ...] = (),
+    label: str | None = "a",
+) -> Run:
+    """An experiment with flags of every kind."""
+    raise NotImplementedError
+
+
+def test_none_is_none_where_text_is_taken_too():
+    assert parse(RunFlags, [mine], ["--label", "none"], "sterna run")[1][0]["label"] is None
+
+
+@pytest.mark.parametrize("flag", ["--lr-max-scale", "--lr_max_scale", "--lr_max-scale"])
+@pytest.mark.parametrize("words", ["{} 9", "{}=9"])
+def test_a_flag_is_typed_with_either_stroke(flag, words):
+    arguments = words.format(flag).split()
+    found = parse(CompareFlags, [mine, mine], arguments, "sterna compare")[1]
+    assert found == [{"lr_max_scale": 9.0}] * 2
+
+
+@pytest.mark.parametrize("name", ["resume", "replay", "workers"])
+def test_an_experiment_has_no_flag_of_the_command(name):
+    taken: dict[str, object] = {}
+    exec(f"def taken(*, {name}: int = 1): ...", taken)  # noqa: S102
+    with pytest.raises(TypeError, match=f"the parameter '{name}' is a flag of the command itself"):
+        parse(RunFlags, [taken["taken"]], [], "sterna run")
+
+
+# Wrong values.
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ("--level 3", "--level must be one of 1, 2; got 3."),
+        ("--level -4", "--level must be one of 1, 2; got -4."),
+        ("--parts in up", "--parts must be one of in, out; got up."),
+        ("--parts=up", "--parts must be one of in, out; got up."),
+        ("--workers x", "--workers must be a whole number; got x."),
+        ("--max_restarts=1.5", "--max-restarts must be a whole number; got 1.5."),
+        ("--lr_max-scale x", "--lr-max-scale must be a number; got x."),
+        ("--lr-max-scale y --workers x", "--lr-max-scale must be a number; got y."),
+    ],
+)
+def test_wrong_values_have_one_face(words, complaint, capsys):
+    with pytest.raises(UsageError) as raised:
+        parse(RunFlags, [mine], words.split(), "sterna run")
+    assert str(raised.value) == complaint and capsys.readouterr() == ("", "")
+
+
+def test_a_number_may_be_none():
+    experiment = all_experiments()["digits.terngrad"]
+    with pytest.raises(UsageError, match=r"--clip must be a number or none; got off\."):
+        parse(RunFlags, [experiment], ["--clip", "off"], "sterna run")
+
+
+def test_what_the_parser_takes_is_not_refused():
+    words = ["--engines", "eager", "folder"]  # the last word is the folder
+    flags, _ = parse(CompressFlags, [], words, "sterna compress")
+    assert (flags.engines, flags.model) == (("eager",), "folder")
+    assert parse(RunFlags, [mine], ["--lr-max-scale", "-1e-3"], "t")[1][0]["lr_max_scale"] == -1e-3
+
+
+def test_a_missing_value_is_still_said(capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse(RunFlags, [mine], ["--workers"], "sterna run")
+    assert ended.value.code == 2 and "Missing value" in capsys.readouterr().err
+
+
+class Odd(torch.optim.SGD):
+    """SGD whose groups hold what the given one makes of them."""
+
+    def __init__(self, parameters, momentum):
+        super().__init__(parameters, lr=0.1)
+        self.param_groups[0]["momentum"] = momentum
+
+
+def request_of(monkeypatch, fixed, /, **arguments):
+    def experiment(*, scale: float = 1.0, momentum: float = 0.0) -> Run:
+        return Run(
+            data=digits.load(),
+            model=lambda: nn.Linear(64, 10),
+            optimizer=partial(Odd, momentum=fixed),
+        )
+
+    monkeypatch.setattr("sterna.runs.request.resolve", lambda name: experiment)
+    monkeypatch.setattr("sterna.cli.ranges.resolve", lambda name: experiment)
+    return Request(experiment="mine", arguments=arguments, folder=None)
+
+
+def test_an_optimizer_may_hold_what_is_no_number(monkeypatch):
+    assert built(request_of(monkeypatch, (0.9, 0.99))).optimizer.keywords["momentum"][0] == 0.9
+
+
+def test_no_flag_is_blamed_for_a_value_of_the_code(monkeypatch):
+    with pytest.raises(ValueError, match="mine: momentum of the optimizer must be"):
+        built(request_of(monkeypatch, 2.0, scale=2.0))
+    with pytest.raises(UsageError, match="--momentum must be"):
+        built(request_of(monkeypatch, 2.0, momentum=2.0))
+
+
+def test_no_flag_is_blamed_for_an_error_of_the_code(monkeypatch):
+    request = request_of(monkeypatch, 0.0, scale=-1)
+    monkeypatch.setattr("sterna.cli.ranges.build", lambda _: Shuffle(8, batch_size=-1))
+    with pytest.raises(ValueError, match=r"batch_size must be .* got -1") as raised:
+        built(request)
+    assert not isinstance(raised.value, UsageError)
 
 
 # What was meant.

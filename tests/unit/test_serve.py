@@ -55,7 +55,10 @@ def test_a_setting_survives_json() -> None:
         (["digits.asgd", "--bandwidth", "0Mbps"], "--bandwidth: it must be a bandwidth above 0"),
         (["digits.asgd", "--latency", "5"], "--latency: it must be a time, such as 50us"),
         (["digits.asgd", "--jitter", "-1"], "jitter must be at least 0; got -1.0"),
-        (["digits.asgd", "--lease", "0"], "--lease must be above 1 second; got 0.0"),
+        (["digits.asgd", "--lease", "0"], "--lease must be above 1 second and finite; got 0.0"),
+        (["digits.asgd", "--lease", "inf"], "--lease must be above 1 second and finite; got inf"),
+        (["digits.asgd", "--timeout", "inf"], "--timeout must be above 0 seconds and finite"),
+        (["digits.asgd", "--timeout", "nan"], "--timeout must be above 0 seconds and finite"),
         (["digits.asgd", "--shards", "0"], "--shards must be at least 1; got 0"),
         (["digits.asgd", "--shards", "2"], "--shards is for --engine ray or torchrun"),
         (

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from sterna.cli import listing
 from sterna.cli.compress import compress_command, export_command
-from sterna.cli.execute import execute, setting_of, under_torchrun
+from sterna.cli.execute import execute, require_timeout, setting_of, under_torchrun
 from sterna.cli.flags import (
     LISTS,
     CompareFlags,
@@ -186,6 +186,8 @@ def _replay(flags: ReplayFlags) -> None:
 def _resume(flags: ResumeFlags) -> tuple[Mapping[str, Any], Path]:
     folder = flags.resume
     _require_folder(folder)
+    require(flags.max_restarts >= 0, "--max-restarts", "0 or more", flags.max_restarts)
+    require_timeout(flags.timeout)
     about, request = described(folder, flags.quiet)
     finished = folder / "summary.json"
     if finished.exists() and request.setting is not None:
@@ -205,8 +207,6 @@ def _resume(flags: ResumeFlags) -> tuple[Mapping[str, Any], Path]:
             f"{folder} is a run of {processes} processes; torchrun started "
             f"{os.environ['WORLD_SIZE']}."
         )
-    require(flags.max_restarts >= 0, "--max-restarts", "0 or more", flags.max_restarts)
-    require(flags.timeout > 0, "--timeout", "above 0 seconds", flags.timeout)
     setting = request.setting
     if setting is None:
         engine = "in-process" if about["engine"] == "in_process" else "processes"

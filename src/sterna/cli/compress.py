@@ -25,7 +25,7 @@ from sterna.cli.execute import UsageError
 from sterna.cli.flags import parse
 from sterna.export.timing import TITLES, Timings
 from sterna.runs.files import StoreError
-from sterna.runs.subject import Subject, of_module, of_run
+from sterna.runs.subject import NotNamed, Subject, of_module, of_run
 
 
 def compress_command(arguments: list[str]) -> None:
@@ -121,9 +121,12 @@ def _subject(
     """The model of a folder, or of the user's own file."""
     text = flags.model
     if ".py:" in text:
-        return of_module(
-            text, flags.weights, flags.data, lr=lr, batch_size=batch_size, seed=seed or 0
-        )
+        try:
+            return of_module(
+                text, flags.weights, flags.data, lr=lr, batch_size=batch_size, seed=seed or 0
+            )
+        except NotNamed as error:
+            raise UsageError(str(error)) from None
     for name in ONLY_OF_MODULES:
         if getattr(flags, name, None) is not None:
             raise UsageError(f"{flag(name)} is for your_module.py:build; a run folder has its own.")

@@ -1,5 +1,6 @@
 """Run a request on the engine that was asked for, or that fits."""
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -45,6 +46,15 @@ def under_torchrun() -> bool:
     return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ)
 
 
+def require_timeout(seconds: float) -> None:
+    """Raise unless a worker can be waited for so long.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    require(0 < seconds < math.inf, "--timeout", "above 0 seconds and finite", seconds)
+
+
 def setting_of(flags: MachineFlags, workers: int, restarts: int) -> Setting:
     """The machines that the flags describe; the engine is settled later.
 
@@ -53,8 +63,8 @@ def setting_of(flags: MachineFlags, workers: int, restarts: int) -> Setting:
     """
     require(workers >= 1, "--workers", "at least 1", workers)
     require(restarts >= 0, "--max-restarts", "0 or more", restarts)
-    require(flags.timeout > 0, "--timeout", "above 0 seconds", flags.timeout)
-    require(flags.lease > 1, "--lease", "above 1 second", flags.lease)
+    require_timeout(flags.timeout)
+    require(1 < flags.lease < math.inf, "--lease", "above 1 second and finite", flags.lease)
     require(flags.shards >= 1, "--shards", "at least 1", flags.shards)
     require(flags.example_seconds > 0, "--example-seconds", "above 0", flags.example_seconds)
     given: dict[str, Any] = {}

@@ -2,7 +2,10 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
+from functools import partial
+from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
@@ -202,7 +205,7 @@ def parse(
     extra: dict[str, tuple[str, Any, Any]] = {}
     for function in functions:
         for name, kind, default in experiment_fields(function):
-            if name in own:
+            if name in {*own, "resume", "replay"}:  # these two make another command of `run`
                 raise TypeError(
                     f"{function.__name__}: the parameter {name!r} is a flag of the command itself; "
                     "give it another name."
@@ -218,17 +221,21 @@ def parse(
     lead = (about or inspect.getdoc(flags) or "").partition("\n\nArgs:")[0].replace("``", "")
     kinds = {name: kind for name, kind, _ in every}
     words = spelling.plain(arguments, kinds)
-    spelling.check_choices(words, kinds, title)
-    parsed: Any
-    unknown: list[str]
-    parsed, unknown = tyro.cli(
-        combined, args=words, prog=title, description=lead, return_unknown_args=True
+    read: Callable[..., tuple[Any, list[str]]] = partial(
+        tyro.cli, combined, args=words, prog=title, description=lead, return_unknown_args=True
     )
+    try:
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+            parsed, unknown = read()
+    except SystemExit as ended:
+        if ended.code:
+            spelling.check_values(words, kinds)
+        parsed, unknown = read()  # it shows the help, or says what is missing
     if unknown:
         raise UsageError(_unknown(unknown[0].partition("=")[0], kinds, title))
     values: Mapping[str, Any] = {name: getattr(parsed, name) for name in extra}
     # Of several experiments, each keeps its own defaults: only what was typed is passed on.
-    typed = {argument.partition("=")[0] for argument in arguments}
+    typed = {word.partition("=")[0].replace("_", "-") for word in arguments}
     chosen = {
         name: value
         for name, value in values.items()
@@ -243,16 +250,16 @@ def parse(
 
 def _unknown(word: str, names: Mapping[str, Any], title: str) -> str:
     """A sentence on a word that no flag takes."""
-    there = [flag for name in names for flag in sorted(_flags_of(name)) if "_" not in flag]
+    there = [flag for name in names for flag in sorted(_flags_of(name))]
     what = "flag" if word.startswith("-") else "argument"
     near = meant(word, there) if what == "flag" else ""
     return f"{title} has no {what} {word}.{near} All are shown by: {title} --help"
 
 
 def _flags_of(name: str) -> set[str]:
-    """What can be typed for a parameter."""
-    spelled = {name, name.replace("_", "-")}
-    return {f"--{word}" for word in spelled} | {f"--no-{word}" for word in spelled}
+    """What can be typed for a parameter; `_` may stand for each `-`."""
+    dashed = name.replace("_", "-")
+    return {f"--{dashed}", f"--no-{dashed}"}
 
 
 def _field_default(f: Any) -> Any:

@@ -23,6 +23,8 @@ _OPTIMIZER: Mapping[str, tuple[float, str]] = {
 """Of an optimizer: the limit of what is allowed from 0 on, and the range in words."""
 _OF_TORCH = re.compile(r"Invalid (learning rate|momentum value|weight_decay value): (\S+)")
 _NAMES = {"learning rate": "lr", "momentum value": "momentum", "weight_decay value": "weight_decay"}
+_HANDED_ON_AS = {"clip": "clip_norm", "step_size": "lr", "part_words": "test_words"}
+"""Parameters of the library, and the flags that the experiments hand on under these names."""
 
 
 def built(request: Request) -> Run:
@@ -64,19 +66,15 @@ def _changed(request: Request) -> dict[str, Any]:
 
 
 def _flagged(text: str, request: Request) -> str:
-    """An error of the library's own, in words of the flags; empty where no flag is to blame.
-
-    A flag has the name in the text, or hands its value on under that name.
-    """
-    found = re.match(r"\w+: (\w+) (must .*?; got (.*?))\.(?: |$)", text, re.DOTALL)
+    """An error of the library's own, in words of the flags; empty where it names none of them."""
+    found = re.match(r"[\w.]+: (\w+) (must .*?; got .*?)\.(?: |$)", text, re.DOTALL)
     if found is None:
         return ""
-    name, said, got = found[1], found[2], found[3]
     changed = _changed(request)
-    flags = [name] if name in changed else [k for k, v in changed.items() if repr(v) == got]
-    if len(flags) != 1:
+    name = found[1] if found[1] in changed else _HANDED_ON_AS.get(found[1])
+    if name not in changed:
         return ""
-    return f"{_flag(flags[0])} {said.replace('None', 'none')}."
+    return f"{_flag(name)} {found[2].replace('None', 'none')}."
 
 
 def _check_optimizer(run: Run, request: Request) -> None:
@@ -91,13 +89,10 @@ def _check_optimizer(run: Run, request: Request) -> None:
         return
     for name, value in values:
         limit, must = _OPTIMIZER[name]
-        if value is None or 0 <= float(value) < limit:
+        if not isinstance(value, int | float) or 0 <= value < limit:
             continue
-        changed = _changed(request)
-        same = [k for k, v in changed.items() if isinstance(v, float) and repr(v) == repr(value)]
-        flags = [name] if name in changed else same
-        if len(flags) == 1:
-            raise UsageError(f"{_flag(flags[0])} must be {must}; got {value}.")
+        if name in _changed(request):
+            raise UsageError(f"{_flag(name)} must be {must}; got {value}.")
         raise ValueError(
             f"{request.experiment}: {name} of the optimizer must be {must}; got {value}."
         )

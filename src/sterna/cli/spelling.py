@@ -3,6 +3,7 @@
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -12,6 +13,7 @@ from sterna.cli.usage import UsageError, meant
 
 _arg = tyro.conf.arg
 _PLAIN = {int: "INT", float: "FLOAT", str: "STR", Path: "PATH"}
+_NUMBERS = {int: "a whole number", float: "a number"}
 
 
 def shown(name: str, kind: Any, default: Any) -> tuple[str, Any, Any]:
@@ -44,6 +46,10 @@ def _choices(kind: Any) -> tuple[Any, ...]:
     return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
 
 
+def _is_list(kind: Any) -> bool:
+    return get_origin(kind) is tuple and get_args(kind)[1:] == (...,)
+
+
 def _metavar(kind: Any, offers_none: bool) -> str | None:
     """The type in words; None where tyro's own will do."""
     choices = _choices(kind)
@@ -53,7 +59,7 @@ def _metavar(kind: Any, offers_none: bool) -> str | None:
             continue
         if get_origin(choice) is Literal:
             words.append("{" + ",".join(map(str, get_args(choice))) + "}")
-        elif get_origin(choice) is tuple and get_args(choice)[1:] == (...,):
+        elif _is_list(choice):
             inner = _metavar(get_args(choice)[0], False)
             words.append("" if inner is None else f"{inner} ...")
         else:
@@ -72,8 +78,7 @@ def plain(arguments: Sequence[str], kinds: Mapping[str, Any]) -> list[str]:
     """
     found = list(arguments)
     for flag, kind in _typed(kinds):
-        choices = _choices(kind)
-        if type(None) not in choices or str in choices:
+        if type(None) not in _choices(kind):
             continue
         for i, word in enumerate(found):
             if word.lower() == "none" and i and found[i - 1].replace("_", "-") == flag:
@@ -83,34 +88,53 @@ def plain(arguments: Sequence[str], kinds: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def check_choices(words: Sequence[str], kinds: Mapping[str, Any], title: str) -> None:
-    """Refuse a word that is none of those which a flag takes.
+def check_values(words: Sequence[str], kinds: Mapping[str, Any]) -> None:
+    """Name the first word that is none of those which its flag takes, or no number where one is wanted.
 
     Args:
-        words: what the user typed.
+        words: what the user typed, and tyro did not take.
         kinds: the type of every flag.
-        title: the command.
 
     Raises:
         UsageError: there is one.
     """
-    for flag, kind in _typed(kinds):
-        allowed = [
-            str(value)
-            for choice in _choices(kind)
-            if get_origin(choice) is Literal
-            for value in get_args(choice)
-        ]
-        for i, word in enumerate(words if allowed else ()):
-            name, equals, value = word.partition("=")
-            if name.replace("_", "-") != flag:
-                continue
-            given = value if equals else next(iter(words[i + 1 : i + 2]), "-")
-            if given not in (*allowed, "None") and not given.startswith("-"):
-                raise UsageError(
-                    f"{title}: {flag} must be one of {', '.join(allowed)}; got {given}."
-                    f"{meant(given, allowed)}"
-                )
+    typed = dict(_typed(kinds))
+    for i, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        flag = name.replace("_", "-")
+        kind = typed.get(flag, str)
+        after = takewhile(lambda w: not w.startswith("--"), words[i + 1 :])
+        given = [value, *after] if equals else list(after)
+        for one in given if any(map(_is_list, _choices(kind))) else given[:1]:
+            must = _refusal(one, kind)
+            if must:
+                raise UsageError(f"{flag} must be {must}")
+
+
+def _refusal(word: str, kind: Any) -> str:
+    """What a flag must be, where a word is not that; empty where it is, or tyro has to tell."""
+    kinds = [
+        one
+        for choice in _choices(kind)
+        for one in (_choices(get_args(choice)[0]) if _is_list(choice) else (choice,))
+    ]
+    allowed = [str(v) for one in kinds if get_origin(one) is Literal for v in get_args(one)]
+    must = [f"one of {', '.join(allowed)}"] if allowed else []
+    for one in kinds:
+        if one in _NUMBERS:
+            try:
+                one(word)
+            except ValueError:
+                must.append(_NUMBERS[one])
+            else:
+                return ""
+        elif one is type(None):
+            must += [] if allowed else ["none"]
+        elif get_origin(one) is not Literal:
+            return ""
+    if word in allowed or (word == "None" and type(None) in kinds):
+        return ""
+    return f"{' or '.join(must)}; got {word}.{meant(word, allowed)}"
 
 
 def _typed(kinds: Mapping[str, Any]) -> list[tuple[str, Any]]:

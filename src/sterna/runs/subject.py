@@ -20,7 +20,7 @@ from torch.optim import SGD
 from sterna.data import Dataset
 from sterna.procedures.training import Training
 from sterna.randomness import isolated
-from sterna.runs.experiment import located, resolve, restored
+from sterna.runs.experiment import UnknownExperiment, located, resolve, restored
 from sterna.runs.files import StoreError, read_json
 from sterna.runs.recorder import plain_arguments
 from sterna.runs.reopen import described
@@ -31,6 +31,10 @@ from sterna.surgery.ternary import load_packed
 
 LOADERS = ("digits", "mnist", "fashion_mnist", "cifar10")
 ORIGINAL = "original.json"
+
+
+class NotNamed(ValueError):
+    """The weights or the data of a user's module were not named, or are not there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +108,8 @@ def of_module(
         seed: of all that is drawn.
 
     Raises:
-        StoreError: something is missing, or does not fit.
+        NotNamed: the weights or the data are missing.
+        StoreError: something does not fit.
         UnknownExperiment: there is no such file or function.
     """
     for flag, value, way in (
@@ -112,11 +117,9 @@ def of_module(
         ("--data", data, f"{', '.join(LOADERS)}, or your_file.py:function"),
     ):
         if value is None:
-            raise StoreError(f"{spec} needs {flag}: {way}.")
+            raise NotNamed(f"{spec} needs {flag}: {way}.")
     if not Path(str(weights)).is_file():
-        raise StoreError(
-            f"{weights} does not exist; name the safetensors file of the trained model."
-        )
+        raise NotNamed(f"{weights} does not exist; name the safetensors file of the trained model.")
     data_source = str(data) if data in LOADERS else located(str(data))
     original = {
         "kind": "module",
@@ -183,7 +186,13 @@ def _fresh_of_module(original: Mapping[str, Any]) -> Subject:
 
 
 def _called(spec: str, kind: type[Any]) -> Any:
-    function: Callable[..., Any] = resolve(spec)
+    try:
+        function: Callable[..., Any] = resolve(spec)
+    except UnknownExperiment:
+        raise UnknownExperiment(
+            f"There is no function {spec}; name one that returns a {kind.__name__}, called without "
+            "arguments, as your_file.py:function."
+        ) from None
     value = function()
     if not isinstance(value, kind):
         raise StoreError(
@@ -197,7 +206,7 @@ def _data(source: str, model: nn.Module) -> Dataset:
     """A data set; the digits as images where the model takes no vectors."""
     if source not in LOADERS:
         if ".py" not in source:
-            raise StoreError(
+            raise NotNamed(
                 f"--data must be one of {', '.join(LOADERS)}, or your_file.py:function; got {source!r}."
             )
         found: Dataset = _called(source, Dataset)
