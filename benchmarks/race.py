@@ -33,7 +33,7 @@ from typing import Any
 
 import processes
 import race_worker
-from race_arms import ARMS, REFERENCE, SETTINGS, Setting
+from race_arms import ARMS, REFERENCE, SETTINGS, STRETCH, Setting
 from race_table import figures, header, is_hook, lines
 from results import write
 
@@ -186,6 +186,7 @@ def main() -> None:
     if arguments.whole:
         measure_whole(arguments, setting)
     found = figures(arguments.into, arguments.model)
+    horizons = [setting.stretched(factor).horizon for factor in STRETCH]
     write(
         arguments.out,
         f"Seconds to {setting.target:.1%} on MNIST over slow links",
@@ -199,8 +200,9 @@ def main() -> None:
         "are chosen on held-out examples with a seed of their own; PowerSGD of ranks 1 and 4 take the rate "
         "of rank 2, local steps with ternaries that of every 16. The fp16 hook takes the steps of fp32, "
         "dense ternaries those of TernGrad, plain local steps those of torch's averager. The rate falls to "
-        "0 over 1024 steps, and over 1280 or 1536 where a seed did not reach the target in those. Steps were "
-        "counted by earlier commits of the same day. All workers and links on one machine.",
+        f"0 over {horizons[0]} steps, and over {horizons[1]} or {horizons[2]} where a seed did not reach the "
+        "target in those. Steps were counted by earlier commits of the same day. All workers and "
+        "links on one machine.",
     )
 
 

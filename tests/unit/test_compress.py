@@ -21,7 +21,7 @@ from sterna.procedures.training import Training
 from sterna.randomness import isolated
 from sterna.runs import compressors
 from sterna.runs.compress import Bench, compress
-from sterna.runs.compressed_report import best_reached
+from sterna.runs.compressed_report import best_reached, conclusion
 from sterna.runs.files import StoreError
 from sterna.runs.kept import kept_by_layer
 from sterna.runs.multiply_adds import multiply_adds
@@ -137,6 +137,27 @@ def test_the_page_is_whole_and_alone(compressed):
     assert text.count("<svg") == text.count("</svg>") and "$" not in text.partition("<main>")[2]
 
 
+def test_warnings_are_told_of_the_chosen_or_of_all(compressed):
+    outcome = compressed[1]
+    first, *rest = outcome.tried
+    tried = (replace(first, notes=("first",)), *(replace(t, notes=("other",)) for t in rest))
+    chosen = replace(outcome, tried=tried, summary={**outcome.summary, "candidate": first.label})
+    assert chosen.told == (*outcome.cautions, f"{first.label}: first")
+    none = replace(outcome, tried=tried, summary={**outcome.summary, "candidate": None})
+    assert f"{first.label}: first" in none.told and f"{rest[0].label}: other" in none.told
+
+
+def test_a_larger_loss_on_the_test_examples_is_said(compressed):
+    outcome = compressed[1]
+    figures = {"accuracy_dense": 0.98, "accuracy": 0.95, "keep_accuracy": 1.0}
+    worse = replace(outcome, summary={**outcome.summary, **figures})
+    assert "That is more than the 1 points that --keep-accuracy allows" in " ".join(
+        conclusion(worse)
+    )
+    same = replace(outcome, summary={**outcome.summary, **figures, "accuracy": 0.98})
+    assert "more than" not in " ".join(conclusion(same))
+
+
 def test_a_folder_is_not_written_over(compressed, subject):
     with pytest.raises(StoreError, match="holds a run or a compressed model already"):
         compress(subject, compressors.Magnitude(), compressed[0], keep_accuracy=1.0)
@@ -152,6 +173,16 @@ def test_a_target_that_cannot_be_met_keeps_the_table(subject, tmp_path):
     assert "The nearest, 5% of units, has" in sentence and "points less" in sentence
     assert sentence.split(". ")[1][:20] in (tmp_path / "x" / "report.html").read_text()
     assert json.loads((tmp_path / "x" / "compress.json").read_text())["candidate"] is None
+    again = compress(
+        subject,
+        compressors.Magnitude(shares=(0.9,), finetune_epochs=1, round_to=1),
+        tmp_path / "x",
+        keep_accuracy=20.0,
+        bench=QUICK,
+    )
+    assert again.met and (tmp_path / "x" / "model.safetensors").exists(), (
+        "what failed is in nobody's way"
+    )
 
 
 def test_group_lasso_candidates(subject, small_training, tmp_path):
@@ -205,7 +236,13 @@ def test_ternary_candidates_are_packed(small_training, tmp_path):
         model = MLP((64, 16, 10))
     training = replace(small_training, batch_size=16)
     training.fit(model, 5)
-    five, three, rounded = compressors.Ternary(passes=1).candidates(model.eval(), training)
+    said: list[str] = []
+    way = compressors.Ternary(passes=1)
+    five, three, rounded = way.candidates(model.eval(), training, said.append)
+    assert [line[:19] for line in said] == [
+        "five values, pass 1",
+        "ternary, pass 1: " + said[1][17:19],
+    ]
     assert three.label == "ternary" and three.bits < five.bits and rounded.bits == three.bits
     assert three.accuracy >= rounded.accuracy - 0.05
     three.write(tmp_path / "x.safetensors")

@@ -60,7 +60,9 @@ class Given:
     ready: tuple[Candidate, ...]
     by_size: bool = False
 
-    def candidates(self, model: nn.Module, training: object) -> Iterator[Candidate]:
+    def candidates(
+        self, model: nn.Module, training: object, say: object = None
+    ) -> Iterator[Candidate]:
         yield from self.ready
 
 

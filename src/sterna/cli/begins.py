@@ -35,7 +35,9 @@ def announcement(arguments: Sequence[str]) -> str:
     counts = _value(rest, "--workers"), _value(rest, "--seeds")
     workers = counts[0] or os.environ.get("WORLD_SIZE") or str(WORKERS[command])
     seeds = counts[1] or str(SEEDS)
-    if not (names and all(map(_is_there, names)) and workers.isdigit() and seeds.isdigit()):
+    counted = all(count.isdigit() and int(count) > 0 for count in (workers, seeds))
+    enough = len(names) > (command == "compare")
+    if not (enough and counted and all(map(_is_there, names))):
         return ""
     data = dict.fromkeys(name.partition(".")[0] for name in names if ".py" not in name)
     parts = [f"data {', '.join(data)}"] if data else []

@@ -101,7 +101,7 @@ def _run(arguments: list[str]) -> None:
         _replay(parse(ReplayFlags, [], arguments, "sterna run")[0])
         return
     if _has(arguments, "--resume"):
-        flags, _ = parse(ResumeFlags, [], arguments, "sterna run")
+        flags, _ = parse(ResumeFlags, [], arguments, "sterna run --resume")
         summary, folder = _resume(flags)
     else:
         if not arguments or arguments[0].startswith("-"):

@@ -60,7 +60,7 @@ def compress_command(arguments: list[str]) -> None:
     )
     console = Console()
     console.print(_candidates(outcome))
-    for caution in (*outcome.cautions, *dict.fromkeys(n for t in outcome.tried for n in t.notes)):
+    for caution in outcome.told:
         console.print(f"[yellow]![/yellow] {escape(caution)}", highlight=False, soft_wrap=True)
     if not outcome.met:
         console.print(f"Report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
@@ -91,6 +91,8 @@ def export_command(arguments: list[str]) -> None:
     _explained(require_packages)
     if flags.path.is_dir():
         raise UsageError(f"{flags.path} is a folder; name the file to write, such as model.onnx.")
+    if flags.path.exists():
+        raise UsageError(f"{flags.path} is there already; name another file.")
     subject = _subject(flags, USUAL["lr"], USUAL["batch_size"], None)
     exported = to_onnx(
         subject.model, subject.example, flags.path, dynamic_batch=not flags.fixed_batch
@@ -112,7 +114,7 @@ def export_command(arguments: list[str]) -> None:
             subject.example,
             **{name: value(flags, name) for name in OF_TIMING},
         )
-        _show_timings(console, found)
+        _show_timings(console, found, columns=4)  # there is nothing that it could be faster than
 
 
 def _subject(
@@ -194,13 +196,13 @@ def _candidates(outcome: Any) -> Table:
     return found
 
 
-def _show_timings(console: Console, timings: Timings) -> None:
+def _show_timings(console: Console, timings: Timings, columns: int = len(TITLES)) -> None:
     shown = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for i, title in enumerate(TITLES):
+    for i, title in enumerate(TITLES[:columns]):
         side: Any = "left" if i < 2 else "right"
         shown.add_column(title.replace(" ", "\n"), justify=side, no_wrap=bool(i))
     for row in timings.cells():
-        shown.add_row(*map(escape, row))
+        shown.add_row(*map(escape, row[:columns]))
     console.print(shown)
     for note in timings.notes():
         console.print(escape(note), style="dim", highlight=False, soft_wrap=True)

@@ -65,7 +65,10 @@ class CompressFlags(ModelFlags):
     ] = None
     epochs: Annotated[
         int | None,
-        _arg(help="ssl, force, low-rank: epochs with the penalty, before the cut; default: 5"),
+        _arg(
+            help="ssl, force: epochs with the penalty or the force, before the cut; low-rank: as many "
+            "without; default: 5"
+        ),
     ] = None
     finetune_epochs: Annotated[
         int | None, _arg(help="all but ternary: epochs after the cut; default: 5")

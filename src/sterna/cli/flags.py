@@ -253,6 +253,8 @@ def _unknown(word: str, names: Mapping[str, Any], title: str) -> str:
     there = [flag for name in names for flag in sorted(_flags_of(name))]
     what = "flag" if word.startswith("-") else "argument"
     near = meant(word, there) if what == "flag" else ""
+    if title.endswith(("--resume", "--replay")):
+        near = " A run goes on with what it was started with."
     return f"{title} has no {what} {word}.{near} All are shown by: {title} --help"
 
 

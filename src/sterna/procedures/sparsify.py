@@ -237,7 +237,7 @@ def front(
 
 
 def _way_out(strength: float, depth: float, epochs: int, round_to: int) -> str:
-    knobs = [f"{name} ({x!r})" for name, x in (("strength", strength), ("depth", depth)) if x]
+    knobs = [f"{name} ({x:.3g})" for name, x in (("strength", strength), ("depth", depth)) if x]
     rounded = f", or lower round_to ({round_to})" if round_to > 1 else ""
     return f"Raise {' or '.join(knobs)} or epochs ({epochs}), or raise vanished{rounded}."
 

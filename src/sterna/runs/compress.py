@@ -30,7 +30,7 @@ from sterna.randomness import generator
 from sterna.runs.compressed_report import page
 from sterna.runs.compressors import Candidate, Compressor, control_of, stored_bits
 from sterna.runs.figures import percent
-from sterna.runs.files import StoreError, write_json, write_whole
+from sterna.runs.files import StoreError, read_json, write_json, write_whole
 from sterna.runs.kept import Layer, kept_by_layer
 from sterna.runs.multiply_adds import multiply_adds
 from sterna.runs.subject import ORIGINAL, Subject
@@ -94,6 +94,13 @@ class Outcome:
         """Whether a candidate kept the accuracy."""
         return bool(self.summary["met"])
 
+    @property
+    def told(self) -> tuple[str, ...]:
+        """The cautions, and what the library warned of: of the chosen candidate, or of all where none is."""
+        chosen = [t for t in self.tried if t.label == self.summary["candidate"]] or self.tried
+        notes = (f"{t.label}: {note}" for t in chosen for note in t.notes)
+        return tuple(dict.fromkeys([*self.cautions, *notes]))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
@@ -128,7 +135,7 @@ def compress(
     Args:
         subject: the model, its data and training.
         compressor: the way to compress.
-        folder: new, or without a ``compress.json``.
+        folder: new, or one in which no candidate kept the accuracy.
         keep_accuracy: percentage points of validation accuracy that may be lost, at least 0.
         validate_on: the part that the examples are cut out of on which candidates are judged. Of the
             test part, the rest is what is reported in the end, and no model has seen either; of the
@@ -165,7 +172,7 @@ def compress(
     say(f"dense: {percent(reached)} on {len(training.data.test)} validation examples")
     candidates: list[Candidate] = []
     misses = 0
-    for found in compressor.candidates(dense, training):
+    for found in compressor.candidates(dense, training, say):
         candidate = replace(
             found, label=_free(found.label, [DENSE, *(c.label for c in candidates)])
         )
@@ -339,7 +346,11 @@ def _check(subject: Subject, folder: Path, keep_accuracy: float) -> None:
         raise ValueError(
             f"compress: keep_accuracy must be points in [0, 100), such as 0.5; got {keep_accuracy!r}."
         )
-    if (folder / "compress.json").exists() or (folder / "run.json").exists():
+    before = folder / "compress.json"
+    failed = (
+        before.exists() and read_json(before, "a compressed model").get("met") is False
+    )  # it holds no model
+    if (before.exists() and not failed) or (folder / "run.json").exists():
         raise StoreError(
             f"{folder} holds a run or a compressed model already; choose another --out."
         )

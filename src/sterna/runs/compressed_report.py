@@ -5,6 +5,7 @@ It has the style of `sterna.runs.report`, holds no script, and asks for nothing 
 
 import base64
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from html import escape
 from importlib.resources import files
@@ -69,6 +70,14 @@ def conclusion(outcome: "Outcome") -> list[str]:
         f"parameters, {_share(s['multiply_adds'], s['multiply_adds_dense'])} of the multiply-adds and "
         f"{_share(s['model_bits'], s['model_bits_dense'])} of the storage."
     ]
+    if lost > s["keep_accuracy"]:
+        error = math.sqrt(s["accuracy"] * (1 - s["accuracy"]) / s["test_examples"])
+        found.append(
+            f"That is more than the {s['keep_accuracy']:g} points that --keep-accuracy allows: those were "
+            f"kept on the {s['validation_examples']} validation examples, by which candidates are "
+            f"chosen. One standard error of an accuracy on {s['test_examples']} examples is "
+            f"{100 * error:.2f} points."
+        )
     if s.get("times_faster"):
         threads = "one thread" if s["threads"] == 1 else f"{s['threads']} threads"
         spread = f"quartiles {s['times_faster_low']:.2f} to {s['times_faster_high']:.2f}"
@@ -200,7 +209,7 @@ def _front(outcome: "Outcome") -> str:
         return ""
     dense, least = 100 * s["validation_accuracy_dense"], 100 * s["validation_accuracy_dense"]
     least -= s["keep_accuracy"]
-    low, high = around([1.0, *(x for x, _, _ in points)], zero=True)
+    low, high = around([1.0, *(1.05 * x for x, _, _ in points)], zero=True)
     across = Scale(low=low, high=high, start=LEFT, end=RIGHT)
     low, high = around([dense, least, *(y for _, y, _ in points)])
     up = Scale(low=low, high=min(high, 100.2), start=BOTTOM, end=TOP)
@@ -361,8 +370,7 @@ def _made(s: Any) -> str:
 
 
 def _cautions(outcome: "Outcome") -> str:
-    told = dict.fromkeys([*outcome.cautions, *(n for t in outcome.tried for n in t.notes)])
-    inner = "".join(f"<li>{escape(text)}</li>" for text in told)
+    inner = "".join(f"<li>{escape(text)}</li>" for text in outcome.told)
     return f'<ul class="cautions">{inner}</ul>' if inner else ""
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import nn
@@ -54,6 +54,11 @@ class Candidate:
     notes: tuple[str, ...] = ()
 
 
+Candidates: TypeAlias = Iterator[Candidate]
+Say: TypeAlias = Callable[[str], object]
+_nothing: Say = str.strip  # tells nobody
+
+
 class Compressor(Protocol):
     """A way to compress."""
 
@@ -62,8 +67,8 @@ class Compressor(Protocol):
         """Whether what is gained is storage; otherwise time."""
         ...
 
-    def candidates(self, model: nn.Module, training: Training) -> Iterator[Candidate]:
-        """From the least compressed to the most; the model is not changed."""
+    def candidates(self, model: nn.Module, training: Training, say: Say = _nothing) -> Candidates:
+        """From the least compressed to the most; the model is not changed. ``say`` is told of progress."""
         ...
 
 
@@ -124,7 +129,7 @@ class Ssl:
         if self.epochs < 1:
             raise ValueError(f"Ssl: epochs must be at least 1; got {self.epochs}.")
 
-    def candidates(self, model: nn.Module, training: Training) -> Iterator[Candidate]:
+    def candidates(self, model: nn.Module, training: Training, say: Say = _nothing) -> Candidates:
         """One for each strength, or for each share."""
         if self.depth > 0 and not branch_ends(model, training.example):
             raise ValueError(
@@ -196,7 +201,7 @@ class Magnitude:
     def __post_init__(self) -> None:
         _shares("Magnitude", self.shares)
 
-    def candidates(self, model: nn.Module, training: Training) -> Iterator[Candidate]:
+    def candidates(self, model: nn.Module, training: Training, say: Say = _nothing) -> Candidates:
         """One for each share."""
         lengths = Structures.of(model, training.example).norms(model)
         shares = sorted(set(self.shares), reverse=True)
@@ -246,7 +251,7 @@ class LowRank:
         if not math.isfinite(self.force):
             raise ValueError(f"LowRank: force must be finite; got {self.force!r}.")
 
-    def candidates(self, model: nn.Module, training: Training) -> Iterator[Candidate]:
+    def candidates(self, model: nn.Module, training: Training, say: Say = _nothing) -> Candidates:
         """One for each share that can be met."""
         shares = sorted(set(self.shares), reverse=True)
         labels = _labels(shares, lambda s, more: f"{s:.{more}%} of work")
@@ -300,14 +305,17 @@ class Ternary:
     def __post_init__(self) -> None:
         CoNNTrA(passes=self.passes, batch_size=self.batch_size)
 
-    def candidates(self, model: nn.Module, training: Training) -> Iterator[Candidate]:
+    def candidates(self, model: nn.Module, training: Training, say: Say = _nothing) -> Candidates:
         """Five values, three values, and three by rounding alone."""
         five = ValueSet(values=(-2.0, -1.0, 0.0, 1.0, 2.0))
         for label, values in (("five values", five), ("ternary", TERNARY)):
             solver = CoNNTrA(sets=values, passes=self.passes, batch_size=self.batch_size)
             with _noted() as notes:
                 small, report = solver(
-                    model, training.data.train, generator(training.seed, "ternary")
+                    model,
+                    training.data.train,
+                    generator(training.seed, "ternary"),
+                    say=lambda text, label=label: say(f"{label}, {text}"),  # type: ignore[misc]
                 )
             yield _packed(label, small, report.grids, training, notes)
         with _noted() as notes:
@@ -381,6 +389,7 @@ def _in_flags(text: str) -> str:
         >>> _in_flags("Raise strength (0.1) or epochs (5), or lower round_to (8).")
         'Raise --strength (0.1) or --epochs (5), or lower --multiple-of (8).'
     """
+    text = text.replace(", or raise vanished", "")
     text = re.sub(r"\b(round_to|multiple_of)\b", "--multiple-of", text)
     return re.sub(r"\b(?<!-)(strength|depth|epochs)(?= \()", r"--\1", text)
 

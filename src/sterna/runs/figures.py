@@ -64,11 +64,11 @@ def score(estimate: Estimate | None, name: str | None) -> str:
 
 
 def difference(value: Difference | None, name: str | None) -> str:
-    """Mean difference with its interval; of accuracy in percentage points."""
+    """Mean difference with its interval, where one can be told; of accuracy in percentage points."""
     if value is None:
         return MISSING
     mean = points(value.mean, name, sign=True)
-    if value.low is None or value.high is None:
+    if value.low is None or value.high is None or value.low == value.high:
         return mean
     return f"{mean} [{points(value.low, name)}, {points(value.high, name)}]"
 

@@ -218,7 +218,7 @@ def _difference(statistic: Statistic) -> str:
     if found is None:
         return figures.MISSING
     text = figures.points(found.mean, name, sign=True)
-    if found.low is None or found.high is None:
+    if found.low is None or found.high is None or found.low == found.high:
         return f"{text}<small>no interval</small>"
     low, high = figures.points(found.low, name), figures.points(found.high, name)
     p_value = "" if found.p_value is None else f"<small>p {_p(found.p_value)}</small>"

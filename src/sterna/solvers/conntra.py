@@ -23,15 +23,15 @@ Cost per step: a step is one weight. With B examples, C classes and |V| values: 
     for many weights, which it overfits. Convolutions are not searched.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sterna.seams import Source
-from sterna.solvers.conntra_kernels import Chain, Evaluation, Searched
+from sterna.solvers.conntra_kernels import Chain, Evaluation, Searched, check_targets
 from sterna.value_sets import TERNARY, Grids, Sets, ValueSet, check_sets
 
 
@@ -108,7 +108,12 @@ class CoNNTrA:
 
     @torch.no_grad()
     def __call__(
-        self, model: nn.Module, data: Source, rng: torch.Generator, grids: Grids | None = None
+        self,
+        model: nn.Module,
+        data: Source,
+        rng: torch.Generator,
+        grids: Grids | None = None,
+        say: Callable[[str], None] = lambda text: None,
     ) -> tuple[nn.Module, CoNNTrAReport]:
         """A copy of ``model`` with its searched weights on their grids, and what was done.
 
@@ -119,6 +124,7 @@ class CoNNTrA:
             rng: order of the weights, and mini-batches.
             grids: values by parameter, from an earlier report, in place of ``sets``: the search goes on
                 from weights that lie on them, and their scales stay.
+            say: told a line at the end of each pass.
 
         Raises:
             ValueError: the model is not of that form, a pattern matches nothing, or a parameter cannot
@@ -128,7 +134,7 @@ class CoNNTrA:
         chain = Chain.of(deepcopy(model).double().eval(), "CoNNTrA")
         features = chain.rows(batch.inputs)
         targets = batch.targets.to(features.device)
-        _check(targets, len(features), len(chain.layers[-1].weight))
+        check_targets(targets, len(features), len(chain.layers[-1].weight))
         whole = Evaluation.on(chain.layers, features, targets)
         float_loss = whole.loss
         searched = Searched.all_of(chain, model, self.sets, grids, "CoNNTrA")
@@ -161,6 +167,7 @@ class CoNNTrA:
             whole.refresh()
             changes.append(changed)
             losses.append(whole.loss)
+            say(f"pass {len(changes)}: {changed:,} weights changed, loss {whole.loss:.4g}")
         solved = deepcopy(model)
         for p in searched:
             p.write(solved.get_parameter(p.name))
@@ -177,15 +184,6 @@ class CoNNTrA:
     def _gains(self, new: float, old: float) -> bool:
         """(2)."""
         return new < old - self.min_gain * max(1.0, old)
-
-
-def _check(targets: Tensor, num: int, classes: int) -> None:
-    fits = targets.dtype == torch.int64 and targets.shape == (num,)
-    if not fits or int(targets.min()) < 0 or int(targets.max()) >= classes:
-        raise ValueError(
-            f"CoNNTrA: targets must be classes in [0, {classes}), the model's outputs, int64 of shape "
-            f"({num},); got {targets.dtype} {tuple(targets.shape)}. Use .long(), one class an example."
-        )
 
 
 def _order(searched: list[Searched], rng: torch.Generator) -> Iterator[tuple[Searched, int]]:

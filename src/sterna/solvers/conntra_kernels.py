@@ -380,3 +380,13 @@ class Evaluation:
                 self.refresh(layer + 2)
                 return
         self._finish()
+
+
+def check_targets(targets: Tensor, num: int, classes: int) -> None:
+    """Raise unless there is a class for each example."""
+    fits = targets.dtype == torch.int64 and targets.shape == (num,)
+    if not fits or int(targets.min()) < 0 or int(targets.max()) >= classes:
+        raise ValueError(
+            f"CoNNTrA: targets must be classes in [0, {classes}), the model's outputs, int64 of shape "
+            f"({num},); got {targets.dtype} {tuple(targets.shape)}. Use .long(), one class an example."
+        )
