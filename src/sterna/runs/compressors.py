@@ -5,10 +5,7 @@ surgery do the work; here they are tried over a range, and what comes out is bro
 """
 
 import math
-import re
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeAlias
@@ -22,6 +19,7 @@ from sterna.procedures.sparsify import sparsify
 from sterna.procedures.structures import Structures, branch_ends
 from sterna.procedures.training import Training
 from sterna.randomness import generator
+from sterna.runs.noted import noted
 from sterna.solvers.conntra import CoNNTrA
 from sterna.surgery.description import Description, save
 from sterna.surgery.factorise import Form
@@ -56,7 +54,10 @@ class Candidate:
 
 Candidates: TypeAlias = Iterator[Candidate]
 Say: TypeAlias = Callable[[str], object]
-_nothing: Say = str.strip  # tells nobody
+
+
+def _nothing(text: str) -> None:
+    """Tells nobody."""
 
 
 class Compressor(Protocol):
@@ -95,9 +96,8 @@ class Ssl:
 
     Args:
         strengths: of the penalty; empty: six around that which lets a unit of mean length vanish just at
-            the end, if the loss does not hold it, or that one alone where there are ``shares``.
-        shares: of the multiply-adds that may be left, a candidate for each, in (0, 1); then there is at
-            most one strength. Empty: a candidate for each strength, and only what vanished goes.
+            the end, if the loss does not hold it; with ``shares`` that one alone.
+        shares: of the multiply-adds that may be left, a candidate for each, with one strength for all.
         depth: strength for whole residual blocks over that for units; 0 keeps them.
         epochs: with the penalty, at least 1.
         finetune_epochs: after the cut.
@@ -145,7 +145,7 @@ class Ssl:
             tried = [(strength, share) for share in shares]
             labels = _labels(shares, lambda s, more: f"{s:.{more}%} of work")
         for (strength, share), label in zip(tried, labels, strict=True):
-            with _noted() as notes:
+            with noted() as notes:
                 small, report = sparsify(
                     model,
                     training,
@@ -211,7 +211,7 @@ class Magnitude:
                 name: norms.argsort(descending=True)[: math.ceil(share * len(norms))].tolist()
                 for name, norms in lengths.items()
             }
-            with _noted() as notes:
+            with noted() as notes:
                 small, report = shrink(model, training.example, keep, round_to=self.round_to)
                 training.settle(small)
                 training.fit(small, self.finetune_epochs, phase="finetune", rate=self.rate)
@@ -268,7 +268,7 @@ class LowRank:
             finetune_rate=self.rate,
         )
         for num, label in enumerate(labels):
-            with _noted() as notes:
+            with noted() as notes:
                 try:
                     small, report = next(found)
                 except ValueError as error:
@@ -310,15 +310,19 @@ class Ternary:
         five = ValueSet(values=(-2.0, -1.0, 0.0, 1.0, 2.0))
         for label, values in (("five values", five), ("ternary", TERNARY)):
             solver = CoNNTrA(sets=values, passes=self.passes, batch_size=self.batch_size)
-            with _noted() as notes:
+
+            def tell(text: str, label: str = label) -> None:
+                say(f"{label}, {text}")
+
+            with noted() as notes:
                 small, report = solver(
                     model,
                     training.data.train,
                     generator(training.seed, "ternary"),
-                    say=lambda text, label=label: say(f"{label}, {text}"),  # type: ignore[misc]
+                    say=tell,
                 )
             yield _packed(label, small, report.grids, training, notes)
-        with _noted() as notes:
+        with noted() as notes:
             rounded, rounding = ternarise(model)
         yield _packed("ternary, rounded only", rounded, rounding.grids, training, notes)
 
@@ -369,29 +373,6 @@ def _packed(
 def stored_bits(model: nn.Module) -> int:
     """Bits of a model's parameters and buffers, shared ones counted once."""
     return sum(8 * x.nbytes for x in (*model.parameters(), *model.buffers()))
-
-
-@contextmanager
-def _noted() -> Iterator[list[str]]:
-    """Collect the library's warnings as notes, which name flags in the place of parameters."""
-    notes: list[str] = []
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield notes
-    said = dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning))
-    notes.extend(_in_flags(text) for text in said)
-
-
-def _in_flags(text: str) -> str:
-    """A warning of the library's functions in words of ``sterna compress``.
-
-    Example:
-        >>> _in_flags("Raise strength (0.1) or epochs (5), or lower round_to (8).")
-        'Raise --strength (0.1) or --epochs (5), or lower --multiple-of (8).'
-    """
-    text = text.replace(", or raise vanished", "")
-    text = re.sub(r"\b(round_to|multiple_of)\b", "--multiple-of", text)
-    return re.sub(r"\b(?<!-)(strength|depth|epochs)(?= \()", r"--\1", text)
 
 
 def control_of(model: nn.Module) -> nn.Module:
