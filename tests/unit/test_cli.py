@@ -21,8 +21,8 @@ from sterna.data import digits
 from sterna.ledger import Spent
 from sterna.randomness import isolated
 from sterna.runs.compare import FIGURES, compare
-from sterna.runs.compressors import _noted
 from sterna.runs.experiment import all_experiments
+from sterna.runs.noted import noted
 from sterna.runs.request import Request
 from sterna.runs.run import Run
 from sterna.runs.sections import ledger_table, workers_table
@@ -381,6 +381,6 @@ def test_a_module_that_cannot_be_traced_is_one_sentence(capfd):
 
 
 def test_notes_name_flags():
-    with _noted() as notes:
+    with noted() as notes:
         warnings.warn("Raise strength (0.1) or epochs (5), or lower round_to.", stacklevel=1)
     assert notes == ["Raise --strength (0.1) or --epochs (5), or lower --multiple-of."]
