@@ -16,6 +16,7 @@ from sterna.samplers import Shuffle
 from sterna.seams import Admission
 from sterna.server import Account, Async, Bsp, Server, Synchronous
 from sterna.server.local import Workers, mailboxes
+from sterna.server.post import Joined, Left
 from sterna.server.serving import Serving
 
 
@@ -69,6 +70,23 @@ def test_a_replacement_that_dies_before_it_is_ready_is_one_worker_less(tmp_path:
     assert len(killed) == 2 and loop.lost[0] == 2
     assert "replaced" in loop.reasons[0] and "before it was ready" in loop.reasons[1]
     assert sorted(batches) == list(range(3 * EXAMPLES // 4))
+
+
+def test_a_stopped_worker_is_found_where_nobody_else_speaks() -> None:
+    """Whoever waits for long between two looks must not take a worker's silence for its own."""
+    own, left = replica(), []
+    with mailboxes(
+        own.weights, Server(), Workers(make=make, count=1, stragglers={}, lease_s=1.5)
+    ) as post:
+        deadline = time.monotonic() + 40.0
+        while not (event := post.receive(1.0)) and time.monotonic() < deadline:
+            pass
+        assert isinstance(event, Joined)
+        os.kill(post.pids()[0], signal.SIGSTOP)
+        deadline = time.monotonic() + 20.0
+        while not left and time.monotonic() < deadline:
+            left = [event for event in [post.receive(1.0)] if event is not None]
+    assert [type(event) for event in left] == [Left] and "it has not answered for" in left[0].reason
 
 
 @pytest.mark.parametrize(

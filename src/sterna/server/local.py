@@ -175,7 +175,8 @@ class Mailboxes:
     def receive(self, timeout_s: float) -> Event | None:
         """What happens next."""
         if not self._events:
-            for key, _ in self._selector.select(timeout_s):
+            # Often enough that silence is not taken for our own.
+            for key, _ in self._selector.select(min(timeout_s, _BEAT_S)):
                 event = self._read(key.data)
                 if event is not None:
                     self._events.append(event)
