@@ -1,9 +1,13 @@
 """Entropy-coded messages as the claims send them."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
 from claims.training import Trained
 from sterna.codecs import Entropy, ErrorFeedback, Quantise
 from sterna.flat import Named
-from sterna.seams import Codec, Message
+from sterna.seams import Codec, Exchange, Message
 
 WORKERS = 4
 
@@ -30,7 +34,28 @@ def coded(step: float, relative: bool = True) -> Codec:
     return ErrorFeedback(inner=inner, decay=1.0)
 
 
-def bits_by_epoch(trained: Trained, every: int, num_weights: int) -> list[float]:
-    """Bits a weight of one message, which is gathered and so goes to all other workers, by epoch."""
-    messages = trained.steps // every // len(trained.bits_by_epoch)
-    return [bits / messages / num_weights / (WORKERS - 1) for bits in trained.bits_by_epoch]
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """How the workers agree, and what that is compared with.
+
+    Args:
+        exchange: theirs.
+        baseline: the arm in float32; empty for one of those.
+        every: steps from one message to the next.
+        decay: of the weights.
+    """
+
+    exchange: Exchange
+    baseline: str = ""
+    every: int = 1
+    decay: float = 0.0
+
+
+def bits_by_epoch(runs: Sequence[Trained], every: int, num_weights: int) -> list[float]:
+    """Bits a weight of one message, which is gathered and so goes to all other workers, by epoch.
+
+    The mean over the runs.
+    """
+    columns = zip(*(one.bits_by_epoch for one in runs), strict=True)
+    messages = runs[0].steps // every // len(runs[0].bits_by_epoch)
+    return [fmean(column) / messages / num_weights / (WORKERS - 1) for column in columns]

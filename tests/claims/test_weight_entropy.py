@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import nn
 
-from claims.coding import WORKERS, bits_by_epoch, coded
+from claims.coding import WORKERS, Arm, bits_by_epoch, coded
 from claims.training import Task, Trained, train
 from results import write
 from sterna.analysis import weight_entropy
@@ -37,7 +37,7 @@ from sterna.randomness import generator, isolated
 from sterna.replica import Replica
 from sterna.runs.estimate import estimate, paired
 from sterna.runs.figures import difference, score
-from sterna.seams import Codec, Comm, Exchange, State
+from sterna.seams import Codec, Comm, State
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 SEEDS = 3
@@ -177,24 +177,14 @@ class AverageWeights:
         return state
 
 
-@dataclass(frozen=True, kw_only=True)
-class Arm:
-    """How the workers agree, and what that is compared with."""
-
-    exchange: Exchange
-    baseline: str
-    messages: int
-    """Steps from one message to the next."""
-
-
 ARMS = {
-    "float32 gradients": Arm(exchange=AllReduce(), baseline="", messages=1),
+    "float32 gradients": Arm(exchange=AllReduce(), baseline=""),
     "coded gradients, step 2": Arm(
-        exchange=AllReduce(codec=coded(2.0)), baseline="float32 gradients", messages=1
+        exchange=AllReduce(codec=coded(2.0)), baseline="float32 gradients"
     ),
-    "float32 every 8 steps": Arm(exchange=ModelAverage(every=EVERY), baseline="", messages=EVERY),
+    "float32 every 8 steps": Arm(exchange=ModelAverage(every=EVERY), baseline="", every=EVERY),
     **{
-        name: Arm(exchange=exchange, baseline="float32 every 8 steps", messages=EVERY)
+        name: Arm(exchange=exchange, baseline="float32 every 8 steps", every=EVERY)
         for name, exchange in {
             "coded differences, step 2": ModelAverage(every=EVERY, codec=coded(2.0)),
             "coded differences, fixed step 0.002": ModelAverage(
@@ -248,13 +238,7 @@ def test_traffic_of_training(shared_data: Path) -> None:
         found = [32.0] * EPOCHS
         cells = ["baseline", "32", "1x"]
         if arm.baseline:
-            found = [
-                sum(column) / SEEDS
-                for column in zip(
-                    *(bits_by_epoch(one, arm.messages, num_weights) for one in runs),
-                    strict=True,
-                )
-            ]
+            found = bits_by_epoch(runs, arm.every, num_weights)
             per_weight = sum(found) / len(found)
             before = [one.accuracy or 0.0 for one in trained[arm.baseline]]
             gap = paired([a - b for a, b in zip(accuracy, before, strict=True)])

@@ -6,7 +6,7 @@ become more compressible in training, at a fixed step and at a relative one, wit
 is reported, not claimed; so is perplexity.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from claims.coding import WORKERS, bits_by_epoch, coded
+from claims.coding import WORKERS, Arm, bits_by_epoch, coded
 from claims.test_weight_entropy import FIXED, RELATIVE, change, mean_of, over_entropy
 from claims.training import Task, Trained, train
 from results import write
@@ -29,21 +29,10 @@ from sterna.models import LSTMLanguageModel
 from sterna.randomness import isolated
 from sterna.runs.estimate import estimate, paired
 from sterna.runs.figures import difference, score
-from sterna.seams import Exchange
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 WORDS, TEST_WORDS, HIDDEN = 60_000, 40_000, 100
 RATES, EPOCHS, SEEDS, EVERY = (5.0, 10.0, 20.0), 4, 3, 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class Arm:
-    """How the workers agree, and what that is compared with."""
-
-    exchange: Exchange
-    baseline: str = ""
-    every: int = 1
-    decay: float = 0.0
 
 
 ARMS = {
@@ -129,12 +118,7 @@ def test_traffic_and_entropy_of_a_language_model(shared_data: Path) -> None:
             gap, less = paired(gaps), fmean(one.bits_sent for one in before) / sent
             assert gap is not None
             kept[name] = less, gap.mean
-            of_epoch = [
-                fmean(column)
-                for column in zip(
-                    *(bits_by_epoch(one, arm.every, num_weights) for one in runs), strict=True
-                )
-            ]
+            of_epoch = bits_by_epoch(runs, arm.every, num_weights)
             cells = [
                 difference(gap, "accuracy"),
                 f"{of_epoch[0]:.2f} to {of_epoch[-1]:.2f}",

@@ -1,6 +1,6 @@
 """What vanished is cut out: whole residual blocks first, then units; to a target where there is one.
 
-    gone  =  { g : ||w_g|| <= v m_l },    v the least of ``vanished`` and what meets the target   (1)
+    gone  =  { g : ||w_g|| <= v m_l },    v the least from ``vanished`` on that meets the target   (1)
 
 Symbols: w_g all weights of unit or branch g, m_l mean length of the units of its layer that are not zero, and
 of a branch the typical length of all branches when the structures were found. All lengths are those before
@@ -63,7 +63,7 @@ class Cut:
 
     def make(self, model: nn.Module, v: float) -> Made:
         """Cut by (1); ``model`` is not changed."""
-        units, widths = self.found.norms(model), {}
+        units = self.found.norms(model)
         alive = {name: norms > v * typical(norms) for name, norms in units.items()}
         blocks = [name for name, x in self._branches(model).items() if x <= v]
         description, multiply_adds = Description(), self.found.multiply_adds
@@ -103,8 +103,8 @@ class Cut:
         return {
             old: new
             for old, parts in self.found.units.items()
-            for new in [next((n for n, others in now.items() if others & set(parts)), None)]
-            if new is not None
+            for new, others in now.items()
+            if others & set(parts)
         }
 
     def left(self, model: nn.Module, v: float) -> int:

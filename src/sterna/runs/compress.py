@@ -347,10 +347,9 @@ def _check(subject: Subject, folder: Path, keep_accuracy: float) -> None:
             f"compress: keep_accuracy must be points in [0, 100), such as 0.5; got {keep_accuracy!r}."
         )
     before = folder / "compress.json"
-    failed = (
-        before.exists() and read_json(before, "a compressed model").get("met") is False
-    )  # it holds no model
-    if (before.exists() and not failed) or (folder / "run.json").exists():
+    # Where no candidate kept the accuracy the folder has no model, and is in nobody's way.
+    taken = before.exists() and read_json(before, "a compressed model").get("met") is not False
+    if taken or (folder / "run.json").exists():
         raise StoreError(
             f"{folder} holds a run or a compressed model already; choose another --out."
         )
