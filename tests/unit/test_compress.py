@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sterna.cli.compress import compress_command, export_command
-from sterna.cli.execute import UsageError
+from sterna.cli.usage import UsageError
 from sterna.comm.solo import Solo
 from sterna.data import digits
 from sterna.models import MLP, ResNet

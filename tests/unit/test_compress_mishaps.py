@@ -12,8 +12,8 @@ from torch import nn
 
 from sterna.cli.compress import compress_command, export_command
 from sterna.cli.compress_flags import CompressFlags, value
-from sterna.cli.execute import UsageError
 from sterna.cli.flags import parse
+from sterna.cli.usage import UsageError
 from sterna.models import MLP
 from sterna.randomness import isolated
 from sterna.runs import compress as compress_module

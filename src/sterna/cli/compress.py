@@ -18,11 +18,10 @@ from sterna.cli.compress_flags import (
     ExportFlags,
     check,
     check_timing,
-    flag,
     value,
 )
-from sterna.cli.execute import UsageError
 from sterna.cli.flags import parse
+from sterna.cli.usage import UsageError, dashed
 from sterna.export.timing import TITLES, Timings
 from sterna.runs.files import StoreError
 from sterna.runs.subject import NotNamed, Subject, of_module, of_run
@@ -83,7 +82,7 @@ def export_command(arguments: list[str]) -> None:
     flags, _ = parse(ExportFlags, [], arguments, "sterna export")
     for name in OF_TIMING:
         if not flags.time and getattr(flags, name) is not None:
-            raise UsageError(f"{flag(name)} needs --time.")
+            raise UsageError(f"{dashed(name)} needs --time.")
     check_timing(flags)
     from sterna.export.onnx import require_packages, to_onnx
     from sterna.export.timing import time_models
@@ -131,7 +130,9 @@ def _subject(
             raise UsageError(str(error)) from None
     for name in ONLY_OF_MODULES:
         if getattr(flags, name, None) is not None:
-            raise UsageError(f"{flag(name)} is for your_module.py:build; a run folder has its own.")
+            raise UsageError(
+                f"{dashed(name)} is for your_module.py:build; a run folder has its own."
+            )
     if not Path(text).is_dir():
         raise UsageError(
             f"There is no folder {text}; name one of sterna run, or your_module.py:build with --weights "

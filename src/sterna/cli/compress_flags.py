@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from sterna.cli.usage import UsageError, require
+from sterna.cli.usage import UsageError, dashed, require
 from sterna.runs.subject import LOADERS
 
 _arg = tyro.conf.arg
@@ -201,7 +201,7 @@ def check(flags: CompressFlags) -> None:
     for name, methods in _ONLY_FOR.items():
         if flags.method not in methods and getattr(flags, name) not in (None, ()):
             raise UsageError(
-                f"{flag(name)} is for --method {' and '.join(methods)}; got {flags.method}."
+                f"{dashed(name)} is for --method {' and '.join(methods)}; got {flags.method}."
             )
     if flags.method == "force" and len(flags.strength) > 1:
         raise UsageError("--strength takes one value with --method force.")
@@ -222,13 +222,13 @@ def check(flags: CompressFlags) -> None:
         ("passes", 1),
     ):
         given = value(flags, name)
-        require(least <= given < math.inf, flag(name), f"{least} or more", given)
+        require(least <= given < math.inf, dashed(name), f"{least} or more", given)
     require(0 <= flags.keep_accuracy < 100, "--keep-accuracy", "in [0, 100)", flags.keep_accuracy)
     part = flags.validation
     require(part is None or 0 < part < 1, "--validation", "a share in (0, 1)", part)
     for name in ("rate", "lr"):
         given = value(flags, name)
-        require(0 < given < math.inf, flag(name), "above 0 and finite", given)
+        require(0 < given < math.inf, dashed(name), "above 0 and finite", given)
     check_timing(flags)
 
 
@@ -240,7 +240,7 @@ def check_timing(flags: ModelFlags) -> None:
     """
     for name in ("batch", "threads"):
         given = value(flags, name)
-        require(given >= 1, flag(name), "1 or more", given)
+        require(given >= 1, dashed(name), "1 or more", given)
     engines = value(flags, "engines")
     require(bool(engines), "--engines", "at least one of onnxruntime, eager, compiled", "none")
 
@@ -249,8 +249,3 @@ def value(flags: ModelFlags, name: str) -> Any:
     """A flag's value, or the usual one where it is not given."""
     given = getattr(flags, name)
     return USUAL[name] if given is None else given
-
-
-def flag(name: str) -> str:
-    """A flag as it is typed."""
-    return f"--{name.replace('_', '-')}"

@@ -12,8 +12,7 @@ from rich.console import Console
 from sterna.cli import units
 from sterna.cli.flags import MachineFlags
 from sterna.cli.ranges import built, check_device
-from sterna.cli.usage import UsageError as UsageError
-from sterna.cli.usage import require as require
+from sterna.cli.usage import UsageError, dashed, require
 from sterna.comm.distributed import Distributed
 from sterna.comm.in_process import run_in_process
 from sterna.comm.launch import launch
@@ -144,7 +143,7 @@ def _check_server(request: Request, run: Run) -> None:
         text = str(error)
         for name in ("batch_size", "backups"):
             if name in request.arguments:
-                text = text.replace(f": {name} must", f": --{name.replace('_', '-')} must")
+                text = text.replace(f": {name} must", f": {dashed(name)} must")
         raise UsageError(text) from None
 
 

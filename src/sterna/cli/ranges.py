@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sterna.cli.usage import UsageError
+from sterna.cli.usage import UsageError, dashed
 from sterna.comm.launch import explains_itself
 from sterna.runs.experiment import resolve
 from sterna.runs.request import Request, build
@@ -74,7 +74,7 @@ def _flagged(text: str, request: Request) -> str:
     name = found[1] if found[1] in changed else _HANDED_ON_AS.get(found[1])
     if name not in changed:
         return ""
-    return f"{_flag(name)} {found[2].replace('None', 'none')}."
+    return f"{dashed(name)} {found[2].replace('None', 'none')}."
 
 
 def _check_optimizer(run: Run, request: Request) -> None:
@@ -92,11 +92,7 @@ def _check_optimizer(run: Run, request: Request) -> None:
         if not isinstance(value, int | float) or 0 <= value < limit:
             continue
         if name in _changed(request):
-            raise UsageError(f"{_flag(name)} must be {must}; got {value}.")
+            raise UsageError(f"{dashed(name)} must be {must}; got {value}.")
         raise ValueError(
             f"{request.experiment}: {name} of the optimizer must be {must}; got {value}."
         )
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import tyro
 
-from sterna.cli.usage import UsageError, meant
+from sterna.cli.usage import UsageError, dashed, meant
 
 _arg = tyro.conf.arg
 _PLAIN = {int: "INT", float: "FLOAT", str: "STR", Path: "PATH"}
@@ -141,7 +141,7 @@ def _typed(kinds: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """Every flag as it is typed, and its type without annotations."""
     return [
         (
-            f"--{name.replace('_', '-')}",
+            dashed(name),
             get_args(kind)[0] if get_origin(kind) is Annotated else kind,
         )
         for name, kind in kinds.items()

@@ -18,6 +18,11 @@ def require(holds: bool, flag: str, what: str, got: object) -> None:
         raise UsageError(f"{flag} must be {what}; got {got}.")
 
 
+def dashed(name: str) -> str:
+    """A parameter's name as it is typed."""
+    return f"--{name.replace('_', '-')}"
+
+
 def meant(word: str, words: Iterable[str]) -> str:
     """A question with the nearest of some words, and a space before it; empty if none is near.
 
