@@ -70,7 +70,7 @@ def arms(training: Training, seed: int) -> dict[str, Any]:
             training,
             strength=STRENGTH,
             multiply_adds=share,
-            one_schedule=True,
+            span=(0.0, 1.0),
             epochs=PENALISED,
             finetune_epochs=FINETUNED,
             layers=("lstm.*",),

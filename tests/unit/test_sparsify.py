@@ -354,6 +354,24 @@ def test_a_stream_named_after_a_block_that_goes_is_cut_all_the_same(tiny) -> Non
     torch.testing.assert_close(made.model(x), model(x))
 
 
+def test_a_target_takes_the_same_share_of_each_layer_and_what_vanished_counts(tiny) -> None:
+    with isolated(0, "network"), torch.no_grad():
+        model = nn.Sequential(
+            nn.Linear(4, 12), nn.ReLU(), nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 4)
+        )
+        model[0].weight.mul_(torch.linspace(0.3, 3.0, 12)[:, None])
+    found = Structures.of(model, tiny.example)
+    cut = Cut(found, 1, tiny.example)
+    made = cut.make(model, 0.0, 0.25)
+    assert made.widths == {"0": (12, 9), "2": (16, 12)}
+    longest = found.norms(model)["0"].argsort(descending=True)[:9].sort().values
+    torch.testing.assert_close(made.model[0].weight, model[0].weight[longest])
+    with torch.no_grad():
+        for tensor in (model[0].weight[:5], model[0].bias[:5], model[2].weight[:, :5]):
+            tensor.zero_()
+    assert cut.make(model, 0.0, 0.25).widths == {"0": (12, 7), "2": (16, 12)}
+
+
 def test_the_only_structure_may_be_a_block(tiny) -> None:
     with isolated(0, "network"):
         model = nn.Sequential(Residual(4, 16), nn.Linear(4, 4))
@@ -416,6 +434,8 @@ def test_hidden_units_of_an_lstm_go() -> None:
         ({"factors": (("conv9", 1.0),)}, "factors must fit a group or a block; got 'conv9'"),
         ({"finetune_epochs": -1}, "epochs must be at least 0"),
         ({"rate": 0.0}, "rate must be above 0"),
+        ({"span": (0.5, 0.5)}, r"span must be a part of \[0, 1\]"),
+        ({"span": (0.5, 2.0), "finetune_epochs": 1}, r"span must be a part of \[0, 1\]"),
     ],
 )
 def test_bad_arguments_are_named(training, dense, options, words) -> None:
@@ -435,9 +455,12 @@ def test_both_phases_share_one_schedule_or_have_their_own(training, dense, proxi
 
     spied = replace(training, schedule=schedule)
     options = {"strength": 0.01, "epochs": 1, "finetune_epochs": 3, "proximal": proximal}
-    sparsify(dense, spied, one_schedule=True, **options)
     each = len(training.data.train) // training.batch_size
-    assert seen == pytest.approx([step / (4 * each) for step in range(4 * each)])
+    for first, last in ((0.0, 1.0), (0.5, 1.0), (0.25, 0.5)):
+        seen.clear()
+        sparsify(dense, spied, span=(first, last), **options)
+        parts = [first + (last - first) * step / (4 * each) for step in range(4 * each)]
+        assert seen == pytest.approx(parts)
     seen.clear()
     sparsify(dense, spied, **options)
     assert seen[:each] == pytest.approx([step / each for step in range(each)])

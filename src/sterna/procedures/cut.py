@@ -1,26 +1,31 @@
 """What vanished is cut out: whole residual blocks first, then units; to a target where there is one.
 
-    gone  =  { g : ||w_g|| <= v m_l },    v the least from ``vanished`` on that meets the target   (1)
+    gone  =  { g in l : ||w_g|| <= v m_l }  and  the shortest s n_l of each layer l               (1)
 
-Symbols: w_g all weights of unit or branch g, m_l mean length of the units of its layer that are not zero, and
-of a branch the typical length of all branches when the structures were found. All lengths are those before
-anything is cut, so that (1) grows with v.
+Symbols: w_g all weights of unit g, n_l number of units of layer l, m_l mean length of those that are not
+zero, v ``vanished``, s the least share that meets the target (0 without one). The branches of all residual
+blocks count as one layer, with their typical length when the structures were found for m_l. So lengths say
+what has vanished, and which of a layer go first; how many more is the same for all layers, since lengths near
+the mean tell nothing of one layer beside another, and an even cut keeps the most at small targets.
+All lengths are those before anything is cut, so that (1) grows with s.
 """
 
-import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor, nn
 
-from sterna.procedures.structures import Structures, parts_of, typical
+from sterna.procedures.structures import Norms, Structures, parts_of, typical
 from sterna.surgery.coupling import couple
 from sterna.surgery.depth import remove_blocks
 from sterna.surgery.description import Description
 from sterna.surgery.program import copied
 from sterna.surgery.shrink import shrink
+
+Mask = Bool[Tensor, "n"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,11 +66,17 @@ class Cut:
     round_to: int
     example: Tensor
 
-    def make(self, model: nn.Module, v: float) -> Made:
+    def make(self, model: nn.Module, v: float, s: float = 0.0) -> Made:
         """Cut by (1); ``model`` is not changed."""
         units = self.found.norms(model)
-        alive = {name: norms > v * typical(norms) for name, norms in units.items()}
-        blocks = [name for name, x in self._branches(model).items() if x <= v]
+        alive = {
+            name: (norms > v * typical(norms)) & ~shortest(norms, s)
+            for name, norms in units.items()
+        }
+        lengths = self.found.branch_lengths(model)
+        branches = torch.tensor(list(lengths.values()))
+        gone = (branches <= v * self.found.branch_length) | shortest(branches, s)
+        blocks = [name for name, goes in zip(lengths, gone, strict=True) if goes]
         description, multiply_adds = Description(), self.found.multiply_adds
         if blocks:
             model = copied(model)
@@ -91,10 +102,6 @@ class Cut:
             description=description,
         )
 
-    def _branches(self, model: nn.Module) -> dict[str, float]:
-        lengths, typical_length = self.found.branch_lengths(model), self.found.branch_length
-        return {name: x / typical_length if typical_length else 0.0 for name, x in lengths.items()}
-
     def _named_now(self, model: nn.Module) -> dict[str, str]:
         """The groups of before that are still there, by what they are called without the blocks."""
         now = {
@@ -107,11 +114,11 @@ class Cut:
             if others & set(parts)
         }
 
-    def left(self, model: nn.Module, v: float) -> int:
+    def left(self, model: nn.Module, v: float, s: float) -> int:
         """Multiply-adds after the cut."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the cut that is made in the end warns
-            return self.make(model, v).multiply_adds
+            return self.make(model, v, s).multiply_adds
 
     def require(self, model: nn.Module, target: float) -> None:
         """See that a target can be met.
@@ -119,7 +126,7 @@ class Cut:
         Raises:
             ValueError: no cut leaves as little.
         """
-        least, dense = self.left(model, math.inf), self.found.multiply_adds
+        least, dense = self.left(model, 0.0, 1.0), self.found.multiply_adds
         if least > target:
             raise ValueError(
                 f"sparsify: multiply_adds cannot be met: {target / dense:.3g} of the dense model's was "
@@ -128,16 +135,21 @@ class Cut:
             )
 
     def least(self, model: nn.Module, v: float, target: float) -> float:
-        """The least v from ``v`` on with which no more than the target is left, by bisection."""
-        lengths = [x / typical(x) for x in self.found.norms(model).values() if x.any()]
-        lengths.append(torch.tensor(list(self._branches(model).values())))
-        # A step above what is to go, since a unit's quotient and product may differ in the last bit.
-        steps = [v, *sorted({1.000001 * float(x) for x in torch.cat(lengths) if x > v}), math.inf]
+        """The least s with which no more than the target is left, by bisection."""
+        sizes = {len(x) for x in self.found.norms(model).values()} | {len(self.found.branches)}
+        steps = sorted({k / n for n in sizes for k in range(n + 1) if n} | {0.0, 1.0})
         low, high = 0, len(steps) - 1
         while low < high:
             middle = (low + high) // 2
-            if self.left(model, steps[middle]) <= target:
+            if self.left(model, v, steps[middle]) <= target:
                 high = middle
             else:
                 low = middle + 1
         return steps[low]
+
+
+def shortest(lengths: Norms, s: float) -> Mask:
+    """Which ones make the share ``s`` of all that is the shortest, rounded down."""
+    those = torch.zeros(len(lengths), dtype=torch.bool, device=lengths.device)
+    those[lengths.argsort(stable=True)[: int(s * len(lengths) + 1e-6)]] = True
+    return those

@@ -3,8 +3,8 @@
     1. W <- dense weights
     2. for some epochs:  W <- W - a grad E(W),  then for each unit g of each layer l
        w_g <- max(0, 1 - a s m_l / ||w_g||) w_g                                          (1)
-    3. units with ||w_g|| <= v m_l are cut out of all parameters; whole residual branches likewise;
-       v is ``vanished``, or what it takes to leave no more than ``multiply_adds``
+    3. units with ||w_g|| <= v m_l are cut out of all parameters, whole residual branches likewise; then
+       the same share of each layer, the shortest, until no more than ``multiply_adds`` are left
     4. for some more epochs:  W' <- W' - a grad E(W')
 
 Symbols: a learning rate (with momentum m: a / (1 - m)), s ``strength``, m_l mean length of the units of
@@ -97,7 +97,7 @@ def sparsify(
     objective: Objective | None = None,
     rate: float = 1.0,
     finetune_rate: float = 1.0,
-    one_schedule: bool = False,
+    span: tuple[float, float] | None = None,
 ) -> tuple[nn.Module, Sparsified]:
     """A smaller copy of a trained model; the model is not changed.
 
@@ -116,14 +116,15 @@ def sparsify(
         proximal: the step (1); otherwise the penalty is added to the loss.
         vanished: v, in [0, 1).
         multiply_adds: share of the dense model's that may be left, in (0, 1). If more are left by what
-            vanished, v is raised to the least that meets it, so that short units go too. None: only
-            what vanished goes.
+            vanished, the shortest units go too, the same share of each layer (with ``depth``, of the
+            blocks as well), the least that meets it. None: only what vanished goes.
         round_to: widths are rounded up to multiples of it; 8 or 16 are fast.
         objective: of the epochs with the penalty, to add to; by default the training's own.
         rate: factor of the learning rate while the penalty acts.
         finetune_rate: factor of the learning rate after the cut.
-        one_schedule: the learning rate goes through its schedule once, over both phases, and so is high
-            while units vanish; otherwise once in each phase.
+        span: from where to where in the learning rate's schedule both phases go together, each as far
+            as it has epochs: (0, 1) takes them through it once, and (0.4, 1) goes on where a training
+            with ``span=(0, 0.4)`` stopped. None: each goes through the whole schedule by itself.
 
     Returns:
         The smaller model, and what was done. Warns if nothing was removed, and if a layer would have
@@ -166,8 +167,7 @@ def sparsify(
         return found.penalties(small, strength, depth, factors, adaptive)
 
     inner = objective or training.objective
-    middle = epochs / (epochs + finetune_epochs) if one_schedule else 1.0
-    penalised_span, finetune_span = (0.0, middle), (middle if middle < 1 else 0.0, 1.0)
+    penalised_span, finetune_span = _spans(span, epochs, finetune_epochs)
     if proximal:
         penalties, an_epoch = lassos(), len(training.data.train) // training.batch_size
         steps = training.steps(
@@ -189,9 +189,7 @@ def sparsify(
         )
     penalised = training.judge(small)
 
-    if target is not None:
-        vanished = cut.least(small, vanished, target)
-    made = cut.make(small, vanished)
+    made = cut.make(small, vanished, cut.least(small, vanished, target) if target else 0.0)
     small = made.model
     if not made.removed:
         warnings.warn(
@@ -234,6 +232,16 @@ def front(
     """
     for strength in sorted(strengths):
         yield sparsify(model, training, strength=strength, **options)
+
+
+def _spans(
+    span: tuple[float, float] | None, epochs: int, finetune_epochs: int
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Where in the schedule each phase goes; a phase without epochs goes nowhere."""
+    if span is None or not finetune_epochs:
+        return span or (0.0, 1.0), (0.0, 1.0)
+    middle = span[0] + (span[1] - span[0]) * epochs / (epochs + finetune_epochs)
+    return (span[0], middle), (middle, span[1])
 
 
 def _way_out(strength: float, depth: float, epochs: int, round_to: int) -> str:
