@@ -168,6 +168,18 @@ def test_the_papers_slope_removes_too(training, dense) -> None:
     assert sum(after for _, after in report.widths.values()) < 8 + 12 + 24
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_adaptive_spares_the_long_units(training, dense) -> None:
+    options = {"strength": 0.02, "epochs": 2, "finetune_epochs": 0, "vanished": 0.0}
+    longest = []
+    for adaptive in (None, 0.1):
+        small, _ = sparsify(dense, training, adaptive=adaptive, **options)
+        norms = Structures.of(small, training.example).norms(small)
+        longest.append({name: float(x.max()) for name, x in norms.items()})
+    alike, spared = longest
+    assert all(spared[name] > 1.2 * alike[name] for name in ("0", "3", "6"))
+
+
 def test_a_front_goes_from_weak_to_strong(training, dense) -> None:
     found = list(
         front(dense, training, strengths=(0.12, 0.04), epochs=2, finetune_epochs=0, vanished=0.2)
