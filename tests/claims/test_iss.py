@@ -44,6 +44,8 @@ SHARES = tuple(map(float, os.environ.get("STERNA_ISS_SHARES", "0.5,0.33").split(
 HIDDEN = int(os.environ.get("STERNA_ISS_HIDDEN", "200"))
 DEVICE = os.environ.get("STERNA_ISS_DEVICE", "cpu")
 SPREAD = 0.1
+THEN = DENSE / (DENSE + PENALISED + FINETUNED)
+"""How far the one descent of the rate, which every network goes through, has come by then."""
 
 
 def from_scratch(shape: nn.Module, training: Training, seed: int) -> nn.Module:
@@ -59,9 +61,9 @@ def from_scratch(shape: nn.Module, training: Training, seed: int) -> nn.Module:
 def arms(training: Training, seed: int) -> dict[str, Any]:
     with isolated(seed, "iss", "network"):
         start: nn.Module = LSTMLanguageModel(hidden=HIDDEN, spread=SPREAD)
-    training.fit(start, DENSE, phase="dense")
+    training.fit(start, DENSE, phase="dense", span=(0.0, THEN))
     models: dict[str, nn.Module] = {"dense": deepcopy(start)}
-    training.fit(models["dense"], PENALISED + FINETUNED, phase="dense, further")
+    training.fit(models["dense"], PENALISED + FINETUNED, phase="dense, further", span=(THEN, 1.0))
     reports = {}
     for share in SHARES:
         name = named(share)
@@ -70,7 +72,7 @@ def arms(training: Training, seed: int) -> dict[str, Any]:
             training,
             strength=STRENGTH,
             multiply_adds=share,
-            span=(0.0, 1.0),
+            span=(THEN, 1.0),
             epochs=PENALISED,
             finetune_epochs=FINETUNED,
             layers=("lstm.*",),

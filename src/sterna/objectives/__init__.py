@@ -4,8 +4,9 @@ from sterna.objectives.algebra import Composable, MeanOutput, Scaled, Sum, penal
 from sterna.objectives.augment import Augment
 from sterna.objectives.cross_entropy import CrossEntropy
 from sterna.objectives.force import Force
-from sterna.objectives.group_lasso import GroupLasso, proximal_step, zero_groups
+from sterna.objectives.group_lasso import GroupLasso, zero_groups
 from sterna.objectives.groups import Part, cut
+from sterna.objectives.proximal import land, proximal_step
 
 __all__ = [
     "Augment",
@@ -18,6 +19,7 @@ __all__ = [
     "Scaled",
     "Sum",
     "cut",
+    "land",
     "penalty_only",
     "proximal_step",
     "zero_groups",

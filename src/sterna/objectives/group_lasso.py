@@ -34,7 +34,7 @@ import torch
 from torch import nn
 
 from sterna.objectives.algebra import Composable, penalty_only
-from sterna.objectives.groups import Block, Kind, Part, blocks, tied_block, unit_parts
+from sterna.objectives.groups import Block, Kind, Part, PerGroup, blocks, tied_block, unit_parts
 from sterna.seams import Batch, Loss
 
 _KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -120,6 +120,11 @@ class GroupLasso(Composable):
     def _bent(self, norms: torch.Tensor) -> torch.Tensor:
         return norms if (e := self.adaptive) is None else e * torch.log1p(norms / e)
 
+    def slope(self, norms: PerGroup, strength: float) -> PerGroup:
+        """How much the penalty gains with the length of groups, by their lengths now."""
+        e = self.adaptive
+        return torch.full_like(norms, strength) if e is None else strength * e / (e + norms)
+
     def blocks(self, model: nn.Module, writable: bool = False) -> list[tuple[Block, float]]:
         """The groups, a block for each structure of each layer, with their strength s_l."""
         found: list[tuple[Block, float]] = []
@@ -153,35 +158,6 @@ def _all_used(parameter: str, patterns: tuple[str, ...], found: list[Block]) -> 
                 f"GroupLasso: each pattern in {parameter} must fit a layer; got {pattern!r}, and the "
                 f"layers are {', '.join(dict.fromkeys(block.name for block in found))}."
             )
-
-
-@torch.no_grad()
-def proximal_step(model: nn.Module, penalty: GroupLasso, threshold: float) -> None:
-    """Eq. (3) in place, after the optimizer's step and instead of adding the penalty to the loss.
-
-    Args:
-        model: its parameters are changed.
-        penalty: which groups, how strongly.
-        threshold: t, learning rate times coefficient, at least 0; with (4) each group's by its norm now.
-
-    Raises:
-        ValueError: ``threshold`` is negative or not finite, or a layer computes its weight.
-
-    Example:
-        >>> model = nn.Linear(2, 2, bias=False)
-        >>> _ = model.load_state_dict({"weight": torch.tensor([[3.0, 4.0], [0.3, 0.4]])})
-        >>> proximal_step(model, GroupLasso(rows=1.0), 0.1 * 10.0)
-        >>> model.weight.tolist()
-        [[2.4000000953674316, 3.200000047683716], [0.0, 0.0]]
-    """
-    if not 0 <= threshold < math.inf:
-        raise ValueError(
-            f"proximal_step: threshold must be at least 0 and finite; got {threshold!r}."
-        )
-    for block, strength in penalty.blocks(model, writable=True):
-        norms, e = block.norms(), penalty.adaptive
-        less = threshold * strength * (1.0 if e is None else e / (e + norms))
-        block.scale_(torch.where(norms <= less, 0.0, 1 - less / norms))
 
 
 def zero_groups(

@@ -45,11 +45,13 @@ class Block(NamedTuple):
         name: the layer.
         kind: the structure.
         views: each a view of a parameter and its dimensions inside a group.
+        frozen: whether one of the parameters does not require a gradient.
     """
 
     name: str
     kind: str
     views: tuple[tuple[Tensor, tuple[int, ...]], ...]
+    frozen: bool = False
 
     @property
     def size(self) -> int:
@@ -100,7 +102,8 @@ def blocks(model: nn.Module, kind: Kind, who: str, writable: bool = False) -> li
                     "penalty's gradient."
                 )
             view = by_filter(module)
-            found.append(Block(name, kind, ((view, _inside(kind, view.dim())),)))
+            frozen = not module.weight.requires_grad
+            found.append(Block(name, kind, ((view, _inside(kind, view.dim())),), frozen))
     if not found:
         layer = "linear layer" if wanted is nn.Linear else "convolution"
         raise ValueError(
@@ -156,7 +159,8 @@ def tied_block(model: nn.Module, name: str, parts: tuple[Part, ...], who: str) -
             f"{dict(zip((p.parameter for p in parts), counts, strict=True))}. Give gates, span, first "
             "and length where slices repeat or stand together."
         )
-    return Block(name, "units", views)
+    frozen = not all(model.get_parameter(part.parameter).requires_grad for part in parts)
+    return Block(name, "units", views, frozen)
 
 
 def _view(model: nn.Module, part: Part, who: str) -> tuple[Tensor, tuple[int, ...]]:

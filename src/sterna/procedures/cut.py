@@ -3,11 +3,11 @@
     gone  =  { g in l : ||w_g|| <= v m_l }  and  the shortest s n_l of each layer l               (1)
 
 Symbols: w_g all weights of unit g, n_l number of units of layer l, m_l mean length of those that are not
-zero, v ``vanished``, s the least share that meets the target (0 without one). The branches of all residual
-blocks count as one layer, with their typical length when the structures were found for m_l. So lengths say
-what has vanished, and which of a layer go first; how many more is the same for all layers, since lengths near
-the mean tell nothing of one layer beside another, and an even cut keeps the most at small targets.
-All lengths are those before anything is cut, so that (1) grows with s.
+zero (`Structures.mean_lengths`), v ``vanished``, s the least share that meets the target (0 without one). The
+branches of all residual blocks count as one layer, with their typical length when the structures were found
+for m_l. So lengths say what has vanished, and which of a layer go first; how many more is the same for all
+layers, since lengths near the mean tell nothing of one layer beside another, and an even cut keeps the most
+at small targets. All lengths are those before anything is cut, so that (1) grows with s.
 """
 
 import warnings
@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from sterna.procedures.structures import Norms, Structures, parts_of, typical
+from sterna.procedures.structures import Norms, Structures, parts_of
 from sterna.surgery.coupling import couple
 from sterna.surgery.depth import remove_blocks
 from sterna.surgery.description import Description
@@ -69,9 +69,9 @@ class Cut:
     def make(self, model: nn.Module, v: float, s: float = 0.0) -> Made:
         """Cut by (1); ``model`` is not changed."""
         units = self.found.norms(model)
+        means = self.found.mean_lengths(units)
         alive = {
-            name: (norms > v * typical(norms)) & ~shortest(norms, s)
-            for name, norms in units.items()
+            name: (norms > v * means[name]) & ~shortest(norms, s) for name, norms in units.items()
         }
         lengths = self.found.branch_lengths(model)
         branches = torch.tensor(list(lengths.values()))
@@ -128,10 +128,12 @@ class Cut:
         """
         least, dense = self.left(model, 0.0, 1.0), self.found.multiply_adds
         if least > target:
+            left = "; ".join(f"{name!r}: {why}" for name, why in self.found.left.items())
             raise ValueError(
                 f"sparsify: multiply_adds cannot be met: {target / dense:.3g} of the dense model's was "
                 f"asked for, and with one unit in each layer, rounded up to {self.round_to}, "
                 f"{least / dense:.3g} is left. Ask for more, or lower round_to."
+                + (f" Left alone: {left}." if left else "")
             )
 
     def least(self, model: nn.Module, v: float, target: float) -> float:

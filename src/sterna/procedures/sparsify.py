@@ -16,9 +16,10 @@ Reference: W. Wen, C. Wu, Y. Wang, Y. Chen, H. Li, "Learning Structured Sparsity
     Networks", NIPS 2016, arXiv:1608.03665 (SSL); W. Wen et al., "Learning Intrinsic Sparse Structures
     within Long Short-Term Memory", ICLR 2018, arXiv:1709.05027 (ISS).
 Differs from the paper: filter and reading channels are one group, not two, biases included, so that what
-    is cut changes nothing else; strengths are relative to m_l; the proximal step (1) by default, the
-    papers' slope with ``proximal=False`` (m_l then from the start); a branch is penalised by its last
-    layer; zeros are cut out, not left in place.
+    is cut changes nothing else; strengths are relative to m_l, which counts for no less than a tenth of
+    what it was at first; the proximal step (1) by default, the papers' slope with ``proximal=False`` (m_l
+    then from the start; units that the slope would carry past zero are set to zero, where the papers cut
+    single small weights); a branch is penalised by its last layer; zeros are cut out, not left in place.
 Cost per step: one pass over the penalised weights. Hurts where the shape that comes out would learn as
     well from scratch: train that shape as a control.
 """
@@ -32,7 +33,8 @@ from typing import Any
 from torch import nn
 
 from sterna.objectives.algebra import Sum
-from sterna.objectives.group_lasso import GroupLasso, proximal_step
+from sterna.objectives.group_lasso import GroupLasso
+from sterna.objectives.proximal import land, proximal_step
 from sterna.procedures.cut import Cut
 from sterna.procedures.structures import Structures
 from sterna.procedures.training import Quality, Training
@@ -168,25 +170,20 @@ def sparsify(
 
     inner = objective or training.objective
     penalised_span, finetune_span = _spans(span, epochs, finetune_epochs)
-    if proximal:
-        penalties, an_epoch = lassos(), len(training.data.train) // training.batch_size
-        steps = training.steps(
-            small, epochs, inner, phase="sparsify", rate=rate, span=penalised_span
-        )
-        for k, moved in enumerate(steps, 1):
-            for lasso in penalties:
-                proximal_step(small, lasso, moved)
-            if k % an_epoch == 0:
-                penalties = lassos()
-    else:
-        training.fit(
-            small,
-            epochs,
-            Sum((inner, *lassos())),
-            phase="sparsify",
-            rate=rate,
-            span=penalised_span,
-        )
+    penalties, an_epoch = lassos(), len(training.data.train) // training.batch_size
+    steps = training.steps(
+        small,
+        epochs,
+        inner if proximal else Sum((inner, *penalties)),
+        phase="sparsify",
+        rate=rate,
+        span=penalised_span,
+    )
+    for k, moved in enumerate(steps, 1):
+        for lasso in penalties:
+            (proximal_step if proximal else land)(small, lasso, moved)
+        if proximal and k % an_epoch == 0:
+            penalties = lassos()
     penalised = training.judge(small)
 
     made = cut.make(small, vanished, cut.least(small, vanished, target) if target else 0.0)

@@ -24,6 +24,9 @@ from sterna.surgery.shrink import shrinkable
 
 Norms = Float[Tensor, " units"]
 
+_LEAST = 0.1
+"""Of a layer's first mean length: what its mean length counts for at least, should all of it die."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Structures:
@@ -34,6 +37,7 @@ class Structures:
         branches: for each residual block the parts of the layer that its branch ends in.
         left: layers that are not penalised, with the reason.
         multiply_adds: of the model, for one example.
+        lengths: mean length of the units that are not zero, by group, when the structures were found.
         branch_length: mean root mean square of the branches' last layers, those at zero left out, when
             the structures were found.
     """
@@ -42,6 +46,7 @@ class Structures:
     branches: Mapping[str, tuple[Part, ...]]
     left: Mapping[str, str]
     multiply_adds: int
+    lengths: Mapping[str, float]
     branch_length: float = 0.0
 
     @classmethod
@@ -65,7 +70,7 @@ class Structures:
 
         Raises:
             Refused: the model cannot be traced, or nothing in it can shrink.
-            ValueError: a pattern fits no group and no block.
+            ValueError: a pattern fits no group and no block, or nothing is left.
 
         Example:
             >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -79,8 +84,12 @@ class Structures:
         for name in [name for name, parts in units.items() if not parts]:
             left[name] = "its units do not stand in a regular order in its parameters"
             del units[name]
+        frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
         branches = branch_ends(model, example) if depth else {}
         known = (*units, *branches)
+        for name, parts in (units | branches).items():
+            if stays := [part.parameter for part in parts if part.parameter in frozen]:
+                left[name] = f"{', '.join(dict.fromkeys(stays))} is frozen (requires_grad is False)"
         for pattern in (*layers, *exclude):
             if pattern != "*" and not any(fnmatchcase(name, pattern) for name in known):
                 raise ValueError(
@@ -93,19 +102,32 @@ class Structures:
             return fits and not any(fnmatchcase(name, p) for p in exclude)
 
         left |= {name: "it was excluded" for name in known if not wanted(name)}
-        branches = {name: parts for name, parts in branches.items() if wanted(name)}
+        units = {name: parts for name, parts in units.items() if name not in left}
+        branches = {name: parts for name, parts in branches.items() if name not in left}
+        if not units and not branches:
+            why = "; ".join(f"{name!r}: {reason}" for name, reason in left.items())
+            raise ValueError(f"Structures: nothing is left that may go. {why}.")
         lengths = [_root_mean_square(model, name, parts) for name, parts in branches.items()]
         return cls(
-            units={name: parts for name, parts in units.items() if wanted(name)},
+            units=units,
             branches=branches,
             left=left,
             multiply_adds=coupling.multiply_adds,
+            lengths={name: typical(_norms(model, name, parts)) for name, parts in units.items()},
             branch_length=typical(torch.tensor(lengths)),
         )
 
     def norms(self, model: nn.Module) -> dict[str, Norms]:
         """The length of each unit, by group."""
         return {name: _norms(model, name, parts) for name, parts in self.units.items()}
+
+    def mean_lengths(self, norms: Mapping[str, Norms]) -> dict[str, float]:
+        """m_l of each group: of the units that are not zero, but never below a tenth of what it was.
+
+        A layer that has died as a whole is so neither spared by the penalty nor measured by what is
+        left of it.
+        """
+        return {name: max(typical(x), _LEAST * self.lengths[name]) for name, x in norms.items()}
 
     def branch_lengths(self, model: nn.Module) -> dict[str, float]:
         """Root mean square of the last layer of each branch, by block."""
@@ -139,8 +161,8 @@ class Structures:
             ValueError: a pattern of ``factors`` fits nothing.
         """
         found = [
-            (name, strength, self.units[name], typical(norms))
-            for name, norms in self.norms(model).items()
+            (name, strength, self.units[name], mean)
+            for name, mean in self.mean_lengths(self.norms(model)).items()
         ]
         for name, parts in self.branches.items():
             found.append((name, depth, parts, self.branch_length * math.sqrt(_size(model, parts))))
@@ -220,8 +242,10 @@ def branch_ends(model: nn.Module, example: Tensor) -> dict[str, tuple[Part, ...]
     model = copied(model).eval()
     seen: dict[str, tuple[Tensor, Tensor]] = {}
     names = {module: name for name, module in model.named_modules() if name}
+    ran: list[str] = []
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        ran.append(names[module])
         plain = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
         if plain and isinstance(out, Tensor) and out.shape == args[0].shape:
             seen[names[module]] = (args[0].detach().clone(), out.detach().clone())
@@ -231,18 +255,17 @@ def branch_ends(model: nn.Module, example: Tensor) -> dict[str, tuple[Part, ...]
         model(example)
     for hook in hooks:
         hook.remove()
+    last_first = list(dict.fromkeys(reversed(ran)))
     found: dict[str, tuple[Part, ...]] = {}
     for name, (given, before) in seen.items():
         block = model.get_submodule(name)
-        own = [n for n, m in block.named_modules() if n and list(m.parameters(recurse=False))]
-        if len(own) < 2 or torch.equal(before, given):
+        if torch.equal(before, given):
             continue
-        for last in reversed(own):
-            if _passes_on(block, block.get_submodule(last), given):
-                found[name] = tuple(
-                    Part(f"{name}.{last}.{key}", 0, span=len(p))
-                    for key, p in block.get_submodule(last).named_parameters(recurse=False)
-                )
+        for last in (x for x in last_first if x.startswith(f"{name}.")):
+            layer = model.get_submodule(last)
+            own = dict(layer.named_parameters(recurse=False))
+            if own and _passes_on(block, layer, given):
+                found[name] = tuple(Part(f"{last}.{key}", 0, span=len(p)) for key, p in own.items())
                 break
     return {n: p for n, p in found.items() if not any(m.startswith(f"{n}.") for m in found)}
 
