@@ -4,7 +4,7 @@ import math
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -49,7 +49,7 @@ def evaluate(model: nn.Module, examples: Examples, comm: Comm) -> Evaluation:
     in the mode it was in.
 
     Raises:
-        ValueError: logits and targets do not have these shapes.
+        ValueError: the model returns something else, or logits and targets do not have these shapes.
 
     Example:
         >>> from sterna.comm.solo import Solo
@@ -67,14 +67,8 @@ def evaluate(model: nn.Module, examples: Examples, comm: Comm) -> Evaluation:
     with torch.no_grad():
         for index in torch.split(torch.arange(len(examples)), batch_size)[comm.rank :: comm.size]:
             batch = examples[index]
-            logits = model(batch.inputs.to(device))
             targets = batch.targets.to(device)
-            if logits.shape[:-1] != targets.shape:
-                raise ValueError(
-                    "evaluate: logits must have shape (batch, classes) or (batch, positions, classes), and "
-                    f"targets the same without classes; got {tuple(logits.shape)} and "
-                    f"{tuple(targets.shape)}."
-                )
+            logits = logits_of(model(batch.inputs.to(device)), targets)
             logits, targets = logits.flatten(0, -2), targets.flatten()
             loss = F.cross_entropy(logits, targets, reduction="sum")
             correct = (logits.argmax(dim=-1) == targets).sum()
@@ -84,6 +78,30 @@ def evaluate(model: nn.Module, examples: Examples, comm: Comm) -> Evaluation:
         comm.sum_(tally)
     loss_sum, correct_sum, count = tally.tolist()
     return Evaluation(loss_sum / count, correct_sum / count)
+
+
+def logits_of(output: object, targets: Tensor) -> Tensor:
+    """A model's output, if it is logits for some targets.
+
+    Raises:
+        ValueError: it is not; says how.
+    """
+    if not isinstance(output, Tensor):
+        raise ValueError(
+            f"the model must return one tensor of logits; got a {type(output).__name__}. Wrap it in a "
+            "module that returns the logits alone."
+        )
+    if output.shape[:-1] != targets.shape:
+        raise ValueError(
+            "logits must have shape (batch, classes) or (batch, positions, classes), and targets the same "
+            f"without classes; got {tuple(output.shape)} and {tuple(targets.shape)}."
+        )
+    if targets.numel() and int(targets.max()) >= output.shape[-1]:
+        raise ValueError(
+            f"targets must be less than the number of logits, {output.shape[-1]}; got "
+            f"{int(targets.max())}. Give the model as many outputs as there are classes."
+        )
+    return output
 
 
 def average_buffers(model: nn.Module, comm: Comm) -> None:

@@ -19,7 +19,7 @@ Cost per step: a few passes over the tensor, at most 50 times for (1) and (2).
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -188,6 +188,21 @@ def choose(sets: Sets, named: Named, who: str) -> dict[str, ValueSet]:
         for name in matched:
             chosen.setdefault(name, values)
     return chosen
+
+
+def require_plain(names: Iterable[str], who: str) -> None:
+    """Refuse parameters that a parametrization, weight norm say, makes the weight of.
+
+    Raises:
+        ValueError: one of them is such a parameter.
+    """
+    for name in names:
+        if ".parametrizations." in f".{name}":
+            raise ValueError(
+                f"{who}: every parameter must be one of a plain module; got {name!r}. Remove its "
+                "parametrization first (torch.nn.utils.parametrize.remove_parametrizations), or leave "
+                "it out with patterns in sets."
+            )
 
 
 def check_sets(sets: Sets, who: str) -> None:

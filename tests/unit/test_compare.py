@@ -30,6 +30,47 @@ def test_mean_and_interval_of_three_seeds():
     assert found.num == 3
 
 
+def walls(first, second):
+    return [run("a", seed, wall_s=s, compute_s=1.0) for seed, s in enumerate(first)] + [
+        run("b", seed, wall_s=s, compute_s=1.0) for seed, s in enumerate(second)
+    ]
+
+
+def test_seconds_have_the_interval_of_the_score():
+    base, other = statistics(walls([2.0, 3.0, 4.0], [2.5, 3.5, 4.5]), "a")
+    assert base.times["wall_s"] == estimate([2.0, 3.0, 4.0])
+    assert (base.times["compute_s"].half_width, base.times["wait_s"]) == (0.0, None)
+    assert base.longer is None
+    assert other.longer == paired([0.5, 0.5, 0.5])
+
+
+def test_seconds_without_a_mean_have_no_interval():
+    runs = walls([2.0, math.nan], [2.0, 3.0])
+    base, other = statistics(runs, "a")
+    assert (base.means["wall_s"], base.times["wall_s"]) == (None, None)
+    assert (other.longer.num, other.times["wall_s"].num) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "text"),
+    [
+        ([2.0, 3.0, 4.0], [2.6, 3.5, 4.4], "took 17 % more time."),
+        ([2.0, 3.0, 4.0], [4.0, 3.5, 3.0], "took 17 % more time, which the seeds do not show."),
+        ([2.0, 3.0, 2.0], [9.0, 3.5, 2.0], "took 2.1 times as long, which the seeds do not show."),
+        ([2.0], [3.0], "took 50 % more time."),
+    ],
+)
+def test_conclusion_says_whether_the_seeds_show_the_time(first, second, text):
+    (sentence,) = conclusion(compare(walls(first, second), "a"))
+    assert f"b {text} Its accuracy" in sentence
+
+
+def test_conclusion_on_one_experiment_has_the_interval_of_its_time():
+    half = estimate([2.0, 3.0]).half_width
+    (sentence,) = conclusion(compare(walls([2.0, 3.0], []), "a"))
+    assert f"Training took 2.50 ± {half:.2f} s" in sentence
+
+
 def test_interval_narrows_with_less_confidence():
     wide, narrow = estimate([1.0, 2.0, 4.0], 0.99), estimate([1.0, 2.0, 4.0], 0.5)
     assert wide.half_width > 3 * narrow.half_width

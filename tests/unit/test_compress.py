@@ -15,7 +15,7 @@ from torch import nn
 from sterna.cli.compress import compress_command, export_command
 from sterna.cli.usage import UsageError
 from sterna.comm.solo import Solo
-from sterna.data import digits
+from sterna.data import Examples, digits
 from sterna.models import MLP, ResNet
 from sterna.procedures.training import Training
 from sterna.randomness import isolated
@@ -137,6 +137,15 @@ def test_the_page_is_whole_and_alone(compressed):
     assert text.count("<svg") == text.count("</svg>") and "$" not in text.partition("<main>")[2]
 
 
+def test_candidates_have_the_quartiles_of_their_timing(compressed):
+    folder, outcome, _ = compressed
+    first, kept = outcome.tried[0], ("low", "high", "ratio_low", "ratio_high")
+    assert first.low <= first.seconds <= first.high and first.ratio_low <= first.ratio_high
+    (tried, *_) = json.loads((folder / "candidates.json").read_text())["candidates"]
+    assert [tried[name] for name in kept] == [getattr(first, name) for name in kept]
+    assert (folder / "report.html").read_text().count('<th scope="col">quartiles</th>') == 4
+
+
 def test_warnings_are_told_of_the_chosen_or_of_all(compressed):
     outcome = compressed[1]
     first, *rest = outcome.tried
@@ -252,12 +261,21 @@ def test_ternary_candidates_are_packed(small_training, tmp_path):
     assert compressors.Ternary().by_size and not compressors.Magnitude().by_size
 
 
-def test_ternary_refuses_convolutions():
+def test_ternary_leaves_convolutions_float_and_says_so(tmp_path):
     data = digits.load(shape="image")
-    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10))
-    training = Training(data=data, optimizer=partial(torch.optim.SGD, lr=0.1))
-    with pytest.raises(ValueError, match="CoNNTrA"):
-        next(compressors.Ternary().candidates(model.eval(), training))
+    few = Examples(data.train.inputs[:64], data.train.targets[:64])
+    layers = [nn.Conv2d(1, 4, 3), nn.ReLU(), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.Flatten()]
+    model = nn.Sequential(*layers, nn.Linear(64, 10))
+    training = Training(data=replace(data, train=few), optimizer=partial(torch.optim.SGD, lr=0.1))
+    found = list(compressors.Ternary(passes=1).candidates(model.eval(), training))
+    for candidate in found:
+        assert candidate.notes == (
+            "Stays float, as it is of Conv2d, and only nn.Linear is searched: 0.weight, 3.weight.",
+        )
+        assert torch.equal(candidate.model[3].weight, model[3].weight)
+        assert len(candidate.model[5].weight.unique()) <= 5
+    found[2].write(tmp_path / "x.safetensors")
+    assert set(load_packed(tmp_path / "x.safetensors", model)[1]) == {"5.weight"}
 
 
 def test_depth_needs_residual_blocks(subject, small_training):

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file, save_model
 from torch import nn
 
+from sterna.cli.commands import dispatch
 from sterna.cli.compress import compress_command, export_command
 from sterna.cli.compress_flags import CompressFlags, value
 from sterna.cli.flags import parse
@@ -21,6 +22,7 @@ from sterna.runs import compressors, written
 from sterna.runs import subject as subject_module
 from sterna.runs.compress import Bench, compress
 from sterna.runs.compressors import Candidate
+from sterna.runs.experiment import resolve
 from sterna.runs.files import StoreError, write_json
 from sterna.runs.request import Request, build
 from sterna.runs.subject import of_module, of_run
@@ -206,6 +208,182 @@ def test_phases_clip_as_the_run_did(monkeypatch):
 def test_flags_that_are_not_read_are_refused(arguments, said, tmp_path):
     with pytest.raises(UsageError, match=said):
         compress_command([str(tmp_path), *arguments])
+
+
+def spoilt(case: str, path: Path) -> None:
+    """A weights file that is broken, or of another model."""
+    model = MLP((64, 24, 10)) if case == "shape" else MLP((64, 16, 10))
+    state = {
+        k.replace("layers", "other") if case == "names" else k: v
+        for k, v in model.state_dict().items()
+    }
+    header = {"shrunk": '{"version": 1}', "garbage": "{"}.get(case)
+    save_file(state, path, {"sterna.shrunk": header} if header else None)
+    if case in ("cut", "empty"):
+        path.write_bytes(path.read_bytes()[: 900 if case == "cut" else 0])
+
+
+@pytest.mark.parametrize("command", ["export", "compress"])
+@pytest.mark.parametrize(
+    ("case", "said"),
+    [
+        ("cut", "is not a safetensors file, or not a whole one: incomplete metadata"),
+        ("empty", "is not a safetensors file, or not a whole one: header too small. Save this"),
+        (
+            "shape",
+            "does not fit the model of MODEL: the shape of layers.1.weight is (24, 64), in the model "
+            "(16, 64). Save this model's weights again.",
+        ),
+        (
+            "names",
+            "it lacks layers.1.weight, layers.1.bias and 2 more, and it has other.1.bias, "
+            "other.1.weight and 2 more, which the model has not.",
+        ),
+        ("shrunk", "must be one of save; reading it gave KeyError('shapes'). Save the model"),
+        ("garbage", "must be one of save; reading it gave JSONDecodeError("),
+    ],
+)
+def test_wrong_weights_are_wrong_usage(command, case, said, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("signal.signal", lambda number, handler: None)
+    (tmp_path / "mine.py").write_text(BUILD)
+    model = f"{tmp_path / 'mine.py'}:build"
+    spoilt(case, tmp_path / "w.safetensors")
+    arguments = [model, "--weights", str(tmp_path / "w.safetensors"), "--data", "digits"]
+    arguments += [str(tmp_path / "m.onnx")] if command == "export" else ["--quiet"]
+    assert dispatch([command, *arguments]) == 2
+    err = " ".join(capsys.readouterr().err.split())
+    assert said.replace("MODEL", model) in err and "Traceback" not in err
+
+
+LAYERS = {
+    "plain": "nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 10)",
+    "softmax": "nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 10), nn.Softmax(1)",
+}
+
+
+def built(kind: str, folder: Path) -> list[str]:
+    """How the command line is told of a model."""
+    layers: dict[str, object] = {"nn": nn}
+    code = f"def build():\n    return nn.Sequential({LAYERS[kind]})\n"
+    exec(code, layers)  # noqa: S102
+    (folder / f"{kind}.py").write_text(f"from torch import nn\n\n\n{code}")
+    save_file(layers["build"]().state_dict(), folder / f"{kind}.safetensors")
+    weights = ["--weights", str(folder / f"{kind}.safetensors"), "--data", "digits", "--quiet"]
+    return [f"{folder / kind}.py:build", *weights, "--out", str(folder / "out")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "said"),
+    [
+        (
+            "softmax",
+            ["ternary"],
+            "error: --method ternary: the model must end in an nn.Linear that",
+        ),
+        (
+            "plain",
+            ["ssl", "--depth", "1"],
+            "error: --depth must be 0 for Sequential: it has no res",
+        ),
+        (
+            "plain",
+            ["magnitude", "--validation", "0.999"],
+            "error: --validation must be a share in",
+        ),
+        (
+            "plain",
+            ["low-rank", "--shares", "0.01", "--epochs", "1", "--validation", "0.9"],
+            "error: --shares 0.01 cannot be met: with every rank at its smallest",
+        ),
+    ],
+)
+def test_a_method_that_does_not_fit_says_what_to_type(
+    kind, method, said, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("signal.signal", lambda number, handler: None)
+    arguments = built(kind, tmp_path)
+    assert dispatch(["compress", *arguments, "--method", *method]) == 2
+    err = capsys.readouterr().err
+    assert said in err and "sets=" not in err and "Traceback" not in err
+
+
+def test_errors_that_are_about_no_flag_stay_as_they_are(subject, monkeypatch):
+    def refuses(*arguments: object, **named: object) -> None:
+        compressors.Ssl(epochs=0)
+
+    monkeypatch.setattr(compress_module, "compress", refuses)
+    monkeypatch.setattr("sterna.cli.compress._subject", lambda *arguments: subject)
+    with pytest.raises(ValueError, match=r"^Ssl: epochs must be at least 1") as raised:
+        compress_command(["folder", "--quiet"])
+    assert not isinstance(raised.value, UsageError)
+
+
+TIED = """
+import torch
+from torch import nn
+from sterna.data import digits
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(64, 64), nn.Linear(64, 64)
+        self.out = nn.Linear(64, 10)
+        self.b.weight = self.a.weight
+
+    def forward(self, x):
+        return self.out(torch.relu(self.b(torch.relu(self.a(x)))))
+
+
+def build():
+    return Tied()
+"""
+
+
+def test_tied_weights_are_read_as_safetensors_stores_them(tmp_path):
+    (tmp_path / "mine.py").write_text(TIED, encoding="utf-8")
+    spec = f"{tmp_path}/mine.py:build"
+    with isolated(1, "tied"):
+        model = resolve(spec)()
+    save_model(model, str(tmp_path / "w.safetensors"))
+    assert len(load_file(tmp_path / "w.safetensors")) == len(model.state_dict()) - 1
+    found = of_module(spec, tmp_path / "w.safetensors", "digits").model
+    assert found.a.weight is found.b.weight
+    x = torch.ones(2, 64)
+    torch.testing.assert_close(found(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+@pytest.mark.parametrize(
+    ("build", "said"),
+    [
+        ("Pair()", "must return one tensor of logits; got a tuple"),
+        ("nn.Linear(64, 7)", "targets must be less than the number of logits, 7; got 9"),
+        ("nn.Linear(64, 10).double()", "float32"),
+        ("nn.Sequential(nn.Linear(64, 8), nn.Unflatten(1, (4, 2)))", "logits must have shape"),
+        ("torch.jit.script(nn.Linear(64, 10))", "quantised or scripted"),
+    ],
+)
+def test_models_that_do_not_fit_their_data_are_refused_in_a_sentence(build, said, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import torch\nfrom torch import nn\n\n\nclass Pair(nn.Linear):\n    def __init__(self):\n"
+        "        super().__init__(64, 10)\n\n    def forward(self, x):\n"
+        f"        return super().forward(x), x\n\n\ndef build():\n    return {build}\n",
+        encoding="utf-8",
+    )
+    spec = f"{tmp_path}/mine.py:build"
+    with isolated(1, "model"):
+        save_file(resolve(spec)().state_dict(), tmp_path / "w.safetensors")
+    with pytest.raises(StoreError, match=said):
+        of_module(spec, tmp_path / "w.safetensors", "digits")
+
+
+def test_a_damaged_run_folder_is_no_wrong_usage(subject, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("signal.signal", lambda number, handler: None)
+    write_json(tmp_path / "original.json", subject.original)
+    spoilt("cut", tmp_path / "model.safetensors")
+    assert dispatch(["export", str(tmp_path), str(tmp_path / "m.onnx")]) == 1
+    assert "or not a whole one" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag", [["--batch", "64"], ["--threads", "1"], ["--engines", "eager"]])

@@ -9,12 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations, prune
 
 from sterna.data import Examples
 from sterna.models import MLP, SmallCNN
 from sterna.randomness import generator, isolated
 from sterna.solvers import CoNNTrA
-from sterna.solvers.conntra_kernels import Chain, Evaluation
+from sterna.solvers.conntra_chain import Chain
+from sterna.solvers.conntra_kernels import Evaluation
 from sterna.value_sets import ValueSet
 
 NUM = 40
@@ -246,7 +248,37 @@ class Branching(nn.Module):
         self.a = nn.Linear(5, 3)
 
     def forward(self, x):
-        return self.a(x) if x.sum() > 0 else -self.a(x)
+        return 2 * self.a(x) if x.sum() > 0 else -self.a(x)
+
+
+class Tied(nn.Module):
+    """Its last layer's weight works before it, too, where no module says so."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(5, 5)
+
+    def forward(self, x):
+        assert len(list(x)) > 0  # nothing that torch.fx follows
+        return self.a(x @ self.a.weight)
+
+
+class Pair(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x), x
+
+
+class Unpacked(nn.Module):
+    """A recurrent network as they are written: sizes are unpacked, and its state is float32."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.last = nn.LSTM(1, 4, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, x):
+        num, _ = x.shape
+        state = torch.zeros(1, num, 4)
+        return self.last(self.lstm(x[:, :, None], (state, state))[0][:, -1])
 
 
 def _twice():
@@ -261,27 +293,107 @@ def _batch_norm():
 @pytest.mark.parametrize(
     ("build", "words"),
     [
-        (Branching, "must be one that torch.fx can trace; got Branching"),
-        (lambda: nn.Sequential(nn.Linear(5, 3), nn.Softmax(1)), r"ends in 1 \(Softmax\)"),
-        (_batch_norm, r"'0.weight' does not lie above 1 \(BatchNorm1d\)"),
-        (Residual, "'a.weight' does not lie above add"),
-        (Shared, "'a.weight' is shared"),
-        (_twice, "'0.weight' (is shared|does not lie above)"),
+        (
+            Branching,
+            "called once; Branching, which torch.fx cannot trace, gives a Tensor that is not",
+        ),
+        (Tied, "used there alone; that of 'a' is used before it, too"),
+        (lambda: nn.Sequential(nn.Linear(5, 3), nn.Softmax(1)), r"ends in 1 \(Softmax\)\. Leave"),
+        (
+            lambda: nn.Sequential(nn.Unflatten(1, (5, 1)), nn.Conv1d(5, 3, 1), nn.Flatten()),
+            r"it ends in 2 \(Flatten\), and the last layer is 1 \(Conv1d\)",
+        ),
+        (Pair, "must end in an nn.Linear that gives the logits; it gives a tuple, not a tensor"),
         (lambda: nn.ReLU(), "must end in an nn.Linear"),
+        (
+            lambda: parametrizations.weight_norm(nn.Linear(5, 3)),
+            "no weight can be searched; the last, .* is a part of what the model makes its weight of",
+        ),
+        (
+            lambda: nn.Sequential(prune.l1_unstructured(nn.Linear(5, 3), "weight", 0.5)),
+            "every weight must be a parameter; '0.weight' is computed from others",
+        ),
     ],
 )
 def test_models_that_cannot_be_searched_are_refused_by_name(build, words):
     with isolated(0, "conntra"):
         model = build()
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=f"^CoNNTrA: .*{words}"):
         CoNNTrA()(model, examples(), generator(0))
 
 
-def test_the_rest_of_such_a_model_can_be_searched():
+@pytest.mark.parametrize(
+    ("build", "searched", "name", "words"),
+    [
+        (lambda: nn.Linear(5, 3), ["weight"], "", ""),
+        (_batch_norm, ["3.weight"], "0.weight", r"does not lie above 1 (BatchNorm1d), 2 (ReLU)"),
+        (Residual, ["b.weight"], "a.weight", "does not lie above add"),
+        (Shared, ["b.weight"], "a.weight", "is shared"),
+        (_twice, ["4.weight"], "0.weight", "is shared"),
+        (
+            lambda: nn.Sequential(
+                nn.Unflatten(1, (1, 5)),
+                nn.Conv1d(1, 4, 2),
+                nn.Flatten(),
+                nn.Linear(16, 6),
+                nn.ReLU(),
+                nn.Linear(6, 3),
+            ),
+            ["3.weight", "5.weight"],
+            "1.weight",
+            "is of Conv1d, and only nn.Linear is searched",
+        ),
+        (
+            Unpacked,
+            ["last.weight"],
+            "lstm.weight_hh_l0",
+            "is of LSTM, and only nn.Linear is searched",
+        ),
+        (
+            lambda: nn.Sequential(
+                parametrizations.weight_norm(nn.Linear(5, 4)), nn.ReLU(), nn.Linear(4, 3)
+            ),
+            ["2.weight"],
+            "0.parametrizations.weight.original1",
+            "is a part of what 0 makes its weight of; first remove that with "
+            "torch.nn.utils.parametrize.remove_parametrizations",
+        ),
+    ],
+)
+def test_what_cannot_be_searched_stays_float_with_the_reason(build, searched, name, words):
+    with isolated(0, "conntra"):
+        model = build()
+    solved, report = CoNNTrA(passes=3)(model, examples(), generator(0))
+    assert list(report.grids) == searched and report.left.get(name, "") == words
+    for key, x in solved.state_dict().items():
+        assert torch.equal(x, model.state_dict()[key]) == (key not in searched)
+    loss = F.cross_entropy(solved.eval()(examples().inputs), examples().targets)
+    assert report.losses[-1] == pytest.approx(float(loss.detach()), abs=1e-5)
+    assert report.losses[-1] < report.losses[0]
+
+
+@pytest.mark.parametrize(
+    ("build", "name", "words"),
+    [
+        (_batch_norm, "0.weight", r"does not lie above 1 \(BatchNorm1d\), 2 \(ReLU\)"),
+        (Residual, "a.weight", "does not lie above add"),
+        (Shared, "a.weight", "is shared"),
+        (Unpacked, "lstm.weight_ih_l0", "is of LSTM"),
+    ],
+)
+def test_what_is_named_must_be_searched(build, name, words):
+    with isolated(0, "conntra"):
+        model = build()
+    with pytest.raises(ValueError, match=f"every searched parameter must be.*'{name}' {words}"):
+        CoNNTrA(sets=(("*weight*", ValueSet()),))(model, examples(), generator(0))
+
+
+def test_the_rest_of_such_a_model_can_be_named():
     with isolated(0, "conntra"):
         model = _batch_norm()
     solver = CoNNTrA(sets=(("3.weight", ValueSet()),))
-    assert len(solver(model, examples(), generator(0))[0][3].weight.unique()) <= 3
+    solved, report = solver(model, examples(), generator(0))
+    assert len(solved[3].weight.unique()) <= 3 and not report.left
 
 
 @pytest.mark.parametrize(
@@ -316,7 +428,7 @@ def test_other_bad_input():
     with pytest.raises(ValueError, match=r"grids must name parameters .* got \['x'\]"):
         CoNNTrA()(model, data, generator(0), grids={"x": (0.0, 1.0)})
     with pytest.raises(
-        ValueError, match=r"inputs of shape \(examples, features\); got \(40, 2, 5\)"
+        ValueError, match=r"one row of logits .* got \(40, 2, 3\), .* language models, are not"
     ):
         wide = Examples(data.inputs[:, None].repeat(1, 2, 1), data.targets)
         CoNNTrA()(model, wide, generator(0))

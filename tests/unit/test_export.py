@@ -157,6 +157,21 @@ def test_tolerance(tolerance, tmp_path):
         to_onnx(mlp(), torch.ones(2, 4), tmp_path / "x.onnx", tolerance=tolerance)
 
 
+def test_half_precision_may_round_more(tmp_path):
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(6)), nn.Linear(64, 3)).half()
+    x = torch.randn(2, 64).half()
+    found = to_onnx(model, x, tmp_path / "x.onnx")
+    assert found.tolerance == pytest.approx(5 * 2**-10)
+    with pytest.raises(ExportError, match=r"gives other outputs .* and 1e-06 of the largest"):
+        to_onnx(model, x, tmp_path / "x.onnx", tolerance=1e-6)
+
+
+def test_a_file_that_the_checker_refuses_is_said(tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).bfloat16()
+    with pytest.raises(ExportError, match=r"not valid: .*bfloat16.* export model.float\(\)"):
+        to_onnx(model, torch.ones(2, 3, 5, 5).bfloat16(), tmp_path / "x.onnx")
+
+
 def test_importing_needs_no_extra(monkeypatch):
     real = builtins.__import__
 

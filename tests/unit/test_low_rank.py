@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sterna.models import MLP, LeNet5, ResNet
 from sterna.randomness import generator, isolated
+from sterna.surgery import Description, Refused, load, save
 from sterna.surgery.factorise import factorise
 from sterna.surgery.low_rank import low_rank
 
@@ -425,3 +426,92 @@ def test_factorise_names_a_bad_form():
         ValueError, match=r"factorise: form must be 'channel' or 'spatial'; got 'cp'"
     ):
         factorise(made(lambda: nn.Linear(4, 4)), 2, "cp")
+
+
+class Ordered(nn.Module):
+    """A layer that is registered, and runs from a plain dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.out = nn.Linear(32, 32), nn.Linear(32, 3)
+        self.order = {"first": self.fc}
+
+    def forward(self, x):
+        return self.out(torch.relu(self.order["first"](x)))
+
+
+def test_a_layer_in_a_plain_dict_is_replaced_there_too():
+    model, x = made(Ordered), draw(2, 32)
+    new, report = low_rank(model, x, ranks={"fc": 2})
+    assert new.order["first"] is new.fc and model.order["first"] is model.fc
+    assert report.multiply_adds_after == 2 * 64 + 96
+    near(new(x), new.out(torch.relu(new.fc(x))))
+
+
+def test_a_layer_that_still_runs_is_refused_and_the_model_stays():
+    class Uncopied(Ordered):
+        def __deepcopy__(self, memo):
+            return self
+
+    model = nn.Sequential(made(Uncopied))
+    with pytest.raises(
+        Refused, match=r"^Sequential: '0.fc' \(Linear\) cannot be replaced: .* still"
+    ):
+        low_rank(model, draw(2, 32), ranks={"0.fc": 2})
+    assert isinstance(model[0].fc, nn.Linear) and not model[0].fc._forward_pre_hooks
+
+
+def test_a_layer_twice_in_one_parent_comes_back_from_a_file(tmp_path):
+    def twice(seed):
+        with isolated(seed, "model"):
+            fc = nn.Linear(32, 32)
+            return nn.Sequential(fc, nn.ReLU(), fc, nn.Linear(32, 3))
+
+    new, _ = low_rank(twice(0), draw(2, 32), ranks={"0": 4})
+    save(new, Description(factored={"0": (4, "channel")}), tmp_path / "m.safetensors")
+    again = load(twice(1), tmp_path / "m.safetensors")
+    assert again[0] is again[2]
+    assert torch.equal(again(draw(2, 32)), new(draw(2, 32)))
+
+
+@pytest.mark.filterwarnings("ignore:`?torch.jit:DeprecationWarning")
+def test_a_scripted_model_is_refused():
+    model = nn.Sequential(torch.jit.script(made(lambda: nn.Linear(32, 32))))
+    with pytest.raises(
+        Refused, match=r"^0 .* is quantised or scripted, and its weights cannot be cut"
+    ):
+        low_rank(model, draw(2, 32), variance=0.5)
+
+
+def test_a_model_that_cannot_be_copied_is_refused():
+    model = made(lambda: nn.Linear(32, 32))
+    model.kept = 2 * model.weight
+    with pytest.raises(Refused, match=r"^Linear: the model must be copied.*copy.deepcopy failed"):
+        low_rank(model, draw(2, 32), variance=0.5)
+
+
+def test_a_dict_of_inputs():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(32, 32)
+
+        def forward(self, inputs):
+            return self.fc(inputs["x"])
+
+    for example in ({"x": draw(2, 32)}, ({"x": draw(2, 32)},)):
+        _, report = low_rank(made(Named), example, ranks={"fc": 2})
+        assert report.multiply_adds_after == 2 * 64
+    with pytest.raises(ValueError, match=r"Named does not run on inputs of shape \(2, 32\): 'x'"):
+        low_rank(made(Named), {"y": draw(2, 32)}, ranks={"fc": 2})
+    with pytest.raises(ValueError, match=r"example must hold inputs of shape .* got \{'x': None\}"):
+        low_rank(made(Named), {"x": None}, ranks={"fc": 2})
+
+
+def test_a_target_that_cannot_be_met_names_what_was_left_alone() -> None:
+    with isolated(0, "normed"):
+        model = nn.Sequential(
+            parametrizations.weight_norm(nn.Linear(64, 64)), nn.ReLU(), nn.Linear(64, 8)
+        )
+    with pytest.raises(ValueError, match=r"cannot be met: .* Left alone: 0: it is a Parametrized"):
+        low_rank(model, torch.ones(1, 64), multiply_adds=0.5)

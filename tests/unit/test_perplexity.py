@@ -95,9 +95,7 @@ def test_batches_hold_a_thousand_predictions_at_most(positions, batch):
 
 def test_logits_that_do_not_fit_are_refused():
     words = torch.zeros(4, 5, dtype=torch.int64)
-    with pytest.raises(
-        ValueError, match=r"evaluate: logits must have shape .*; got \(4, 5, 3\) and"
-    ):
+    with pytest.raises(ValueError, match=r"logits must have shape .*; got \(4, 5, 3\) and"):
         evaluate(embedding(), Examples(words, words[:, :4]), Solo())
 
 

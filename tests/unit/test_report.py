@@ -154,6 +154,18 @@ def test_page_tells_the_comparison(tmp_path):
     assert "The same in all: steps 60." in words
 
 
+def test_seconds_have_an_interval_where_there_are_seeds(tmp_path):
+    folders = [tmp_path / str(seed) for seed in range(2)]
+    for seed, folder in enumerate(folders):
+        make_run(folder, seed=seed, wall_s=2.0 + seed, compute_s=1.5, wait_s=None)
+    words = Page(report(folders)).words
+    assert "wall, slowest worker s 2.50 ± 6.35 " in words  # 12.7062 * 0.7071 / sqrt(2)
+    assert "computing s 1.50 ± 0 " in words and "waiting s" not in words
+    assert "messages 14,001 Time" in words, "what is counted has none"
+    assert "Behind ±: 95 % intervals over seeds." in words
+    assert "±" not in Page(report(folders[:1])).words
+
+
 def test_page_is_the_same_for_the_same_runs(tmp_path):
     folder = make_comparison(tmp_path / "c")
     assert report([folder]) == report([folder])

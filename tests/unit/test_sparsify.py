@@ -514,6 +514,7 @@ def test_hidden_units_of_an_lstm_go() -> None:
         ({"factors": (("conv9", 1.0),)}, "factors must fit a group or a block; got 'conv9'"),
         ({"finetune_epochs": -1}, "epochs must be at least 0"),
         ({"rate": 0.0}, "rate must be above 0"),
+        ({"round_to": 0}, "round_to must be a whole number, at least 1; got 0"),
         ({"span": (0.5, 0.5)}, r"span must be a part of \[0, 1\]"),
         ({"span": (0.5, 2.0), "finetune_epochs": 1}, r"span must be a part of \[0, 1\]"),
     ],

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sterna.randomness import isolated
-from sterna.surgery import Refused, couple
+from sterna.surgery import Refused, couple, shrinkable
 from sterna.surgery.labels import Book, blocks
 from unit.surgery_zoo import (
     GRUClassifier,
@@ -102,6 +102,35 @@ def test_a_group_of_a_grouped_convolution_is_one_unit():
     assert places(coupling.groups["reduce"])[("expand.weight", 1)][1] == (3, 4, 5)
     (groups,) = [w for w in coupling.widths if w.attribute == "groups"]
     assert groups.module == "grouped" and len(groups.units) == 4
+
+
+class Shuffled(nn.Module):
+    """Two grouped convolutions whose channels are shuffled in between: all of them are one unit."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1)
+        self.one, self.two = nn.Conv2d(8, 8, 1, groups=2), nn.Conv2d(8, 8, 1, groups=2)
+
+    def forward(self, x):
+        y = self.one(self.stem(x))
+        b, c, h, w = y.shape
+        y = y.view(b, 2, c // 2, h, w).transpose(1, 2).reshape(b, c, h, w)
+        return self.last(self.two(y) + y)
+
+
+def test_channels_that_became_one_unit_say_what_tied_them():
+    coupling = couple(built(Shuffled), images())
+    assert not coupling.groups
+    assert coupling.fixed["stem"] == (
+        "its units are tied to each other by one (Conv2d) and two (Conv2d)"
+    )
+    with pytest.raises(
+        Refused, match=r"nothing in it can shrink.*'stem': its units are tied to each"
+    ):
+        shrinkable(built(Shuffled), images())
+    lone = built(lambda: nn.Sequential(nn.Linear(4, 1), nn.Linear(1, 3)))
+    assert couple(lone, torch.ones(1, 4)).groups["0"].size == 1
 
 
 def test_a_layer_that_is_used_twice_couples_its_rows_and_columns():

@@ -96,3 +96,73 @@ def test_a_model_that_cannot_be_traced_is_refused():
         model = Branch(4, 4)
     with pytest.raises(Refused, match=r"^Branch cannot be traced"):
         remove_blocks(model, torch.ones(1, 4))
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.branch = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return x + self.branch(x)
+
+
+class Listed(nn.Module):
+    """Blocks that are registered by name, and run from a plain list."""
+
+    def __init__(self):
+        super().__init__()
+        self.stages = []
+        for num in range(2):
+            block = Residual()
+            self.add_module(f"stage{num}", block)
+            self.stages.append(block)
+
+    def forward(self, x):
+        for block in self.stages:
+            x = block(x)
+        return x
+
+
+class Twice(nn.Sequential):
+    """One block under two names of one parent."""
+
+    def __init__(self):
+        block = Residual()
+        super().__init__(block, nn.ReLU(), block, nn.Linear(6, 3))
+
+
+def seeded(kind, seed):
+    with isolated(seed, "model"):
+        return kind().eval()
+
+
+@pytest.mark.parametrize(("kind", "name", "uses"), [(Listed, "stage0", 1), (Twice, "0", 2)])
+def test_a_block_goes_from_all_its_places(kind, name, uses, tmp_path):
+    model, x = seeded(kind, 0), torch.ones(2, 6)
+    silence(model.get_submodule(name))
+    small, report = remove_blocks(model, x)
+    assert report.replaced == {name: "identity"}
+    assert report.multiply_adds_before - report.multiply_adds_after == uses * 2 * 36
+    save(small, report.description, tmp_path / "m.safetensors")
+    again = load(seeded(kind, 1), tmp_path / "m.safetensors")
+    for one in (small, again):
+        assert torch.equal(one(x), model(x))
+        assert isinstance(one.get_submodule(name), nn.Identity)
+
+
+class Uncopied(Listed):
+    """A copy of it is itself."""
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+def test_a_block_that_still_runs_is_refused():
+    model = nn.Sequential(seeded(Uncopied, 0))
+    silence(model[0].stage0)
+    with pytest.raises(
+        Refused, match=r"Sequential: '0.stage0' \(Residual\) cannot be replaced: .* old"
+    ):
+        remove_blocks(model, torch.ones(2, 6))
+    assert not model[0].stage0._forward_pre_hooks

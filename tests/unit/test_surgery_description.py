@@ -93,6 +93,75 @@ def test_another_original_is_refused(tmp_path):
         load(smaller, tmp_path / "m.safetensors")
 
 
+def test_an_lstm_under_two_names_is_one_stack(tmp_path):
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.there = self.back = nn.LSTM(6, 12, 2, batch_first=True)
+            self.out = nn.Linear(12, 3)
+
+        def forward(self, x):
+            return self.out(self.back(x.flip(1))[0] + self.there(x)[0])
+
+    x = series(6)
+    small, report = shrink(built(Both), x, {"there.l0": [1, 2], "there.l1": [0, 5, 7]})
+    assert small.there is small.back
+    save(small, report.description, tmp_path / "m.safetensors")
+    again = load(built(Both), tmp_path / "m.safetensors")
+    assert again.there is again.back
+    assert torch.equal(again(x), small(x))
+
+
+def test_a_damaged_file_is_one_error_that_names_it(tmp_path):
+    shrunk(tmp_path / "m.safetensors")
+    raw = (tmp_path / "m.safetensors").read_bytes()
+    for num, content in enumerate((b"nonsense", b"", raw[:-20], raw[:40])):
+        path = tmp_path / f"{num}.safetensors"
+        path.write_bytes(content)
+        with pytest.raises(
+            ValueError, match=rf"^load: .*{num}.safetensors is not a .* whole one: "
+        ):
+            load(built(MobileNet), path)
+
+
+WHOLE = {"version": 1, "shapes": {}, "attributes": {}, "stacks": {}, "replaced": {}}
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"shapes": None}, "must be one of save; reading it gave"),
+        ({"shapes": {"weight": "12"}}, "'1' is not a whole number"),
+        ({"shapes": {"weight": [1, -2]}}, "-2 is not a whole number"),
+        ({"shapes": {"weight": [4]}}, r"weight has 2 dimensions, and \(4,\) 1"),
+        ({"shapes": {"weight": [10**9, 10**9]}}, "load: .*m.safetensors: "),
+        ({"attributes": {"": {"forward": 3}}}, r"\(Linear\) has no whole number 'forward'"),
+        ({"attributes": {"": {"training": 3}}}, "has no whole number 'training' that could be 3"),
+        ({"attributes": {"": {"in_features": "x"}}}, "'x' is not a whole number"),
+        ({"stacks": {"": 3}}, "must be one of save; reading it gave"),
+        ({"replaced": {"": ["relu"]}}, "replaced must be one of"),
+        ({"factored": {"": ["x", "channel"]}}, "'x' is not a whole number"),
+        ({"factored": {"": [1, "tucker"]}}, "must be 'channel' or 'spatial'; got 'tucker'"),
+    ],
+)
+def test_a_description_with_something_else_in_it_is_one_error(changed, words, tmp_path):
+    metadata = {"sterna.shrunk": json.dumps(WHOLE | changed)}
+    save_file({"weight": torch.ones(2, 2)}, tmp_path / "m.safetensors", metadata=metadata)
+    with pytest.raises(ValueError, match=f"^load: .*m.safetensors.*{words}|^{words}"):
+        load(built(lambda: nn.Linear(2, 2, bias=False)), tmp_path / "m.safetensors")
+
+
+def test_numbers_of_another_type_are_refused(tmp_path):
+    model = built(lambda: nn.Linear(4, 2)).double()
+    save(model, Description(), tmp_path / "m.safetensors")
+    with pytest.raises(
+        ValueError, match=r"^load: weight is torch.float64 in .* original.to\(torch.f"
+    ):
+        load(built(lambda: nn.Linear(4, 2)), tmp_path / "m.safetensors")
+    again = load(built(lambda: nn.Linear(4, 2)).double(), tmp_path / "m.safetensors")
+    assert torch.equal(again.weight, model.weight)
+
+
 @pytest.mark.parametrize(
     ("description", "words"),
     [

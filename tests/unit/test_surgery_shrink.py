@@ -199,18 +199,72 @@ def test_a_model_without_anything_to_shrink_is_refused():
         shrinkable(nn.ReLU(), torch.ones(1, 4))
 
 
-def test_a_width_that_sets_a_scale_is_refused():
+@pytest.mark.parametrize(("bias", "x"), [(True, torch.ones(1, 4)), (False, torch.zeros(1, 4))])
+def test_a_width_that_sets_a_scale_is_refused(bias, x):
     class Scaled(nn.Module):
         def __init__(self):
             super().__init__()
-            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
+            self.a, self.b = nn.Linear(4, 8, bias=bias), nn.Linear(8, 2, bias=bias)
 
         def forward(self, x):
             hidden = self.a(x)
             return self.b(hidden) / hidden.shape[1]
 
     with pytest.raises(Refused, match=r"is off by .* depends on the width"):
-        shrink(built(Scaled), torch.ones(1, 4), {"a": range(3)})
+        shrink(built(Scaled), x, {"a": range(3)})
+
+
+class Auxiliary(nn.Module):
+    """A head that runs in training mode only, behind a batch norm that needs two examples there."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.b = nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 6)
+        self.c, self.head = nn.Linear(6, 2), nn.Linear(8, 2)
+
+    def forward(self, x):
+        hidden = self.norm(self.a(x)).relu()
+        out = self.c(self.b(hidden).relu())
+        return (out, self.head(hidden)) if self.training else out
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_what_runs_in_training_mode_only_holds_the_units_that_it_reads(batch):
+    model, x = built(Auxiliary), torch.ones(batch, 4)
+    coupling = shrinkable(model, x)
+    assert set(coupling.groups) == {"b"}
+    assert (
+        "in training mode the smaller model does not run in 'head' (Linear)" in coupling.fixed["a"]
+    )
+    with pytest.warns(UserWarning, match="did not use head"):
+        small, _ = shrink(model, x, {"b": range(3)})
+    assert torch.equal(small.norm.running_mean, model.norm.running_mean)
+    assert small.norm.num_batches_tracked == 0 and not small.training
+    small.train()(torch.eye(4))
+    with (
+        pytest.warns(UserWarning, match="did not use head"),
+        pytest.raises(Refused, match=r"'a' cannot shrink: in training mode .*'head' \(Linear\)"),
+    ):
+        shrink(model, x, {"a": range(3)})
+
+
+def test_a_model_that_does_not_train_by_itself_is_no_reason():
+    class Inference(nn.Sequential):
+        def forward(self, x):
+            assert not self.training
+            return super().forward(x)
+
+    model = Inference(*built(two_layers)).eval()
+    assert shrink(model, torch.ones(1, 4), {"0": range(3)})[0][0].out_features == 3
+
+
+def test_a_model_need_not_run_on_other_numbers():
+    class Picky(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x) / (x > 0).all(1, keepdim=True)
+
+    model = Picky(*built(two_layers))
+    assert shrink(model, torch.ones(1, 4), {"0": range(3)})[0][0].out_features == 3
 
 
 def test_a_model_that_is_random_in_evaluation_is_refused():
@@ -232,8 +286,13 @@ def test_infinities_are_refused():
 
 
 def test_what_the_example_did_not_use_is_said():
+    class Unasked(SpareHead):
+        def forward(self, x, spare=False):
+            hidden = self.a(x)
+            return self.spare(hidden) if spare else self.b(hidden)
+
     with pytest.warns(UserWarning, match="did not use spare.weight, spare.bias"):
-        shrink(built(SpareHead), torch.ones(1, 4), {"a": [1]})
+        shrink(built(Unasked), torch.ones(1, 4), {"a": [1]})
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ RUNS = [
         "accuracy": accuracy + 0.003 * ((seed * 7 + len(name)) % 3 - 1),
         "bits_sent": bits,
         "messages": 2400,
-        "compute_s": 2.2,
+        "compute_s": 2.2 + 0.1 * seed,
         "wait_s": wait,
         "wall_s": 3.3,
     }
@@ -39,7 +39,7 @@ def test_wide_terminal_shows_every_column():
     row = next(line for line in text.splitlines() if line.startswith("digits.terngrad"))
     assert row.split() == [
         "digits.terngrad", "3", "92.00", "±", "0.75", "\u22121.00", "[\u22122.29,", "0.29]",
-        "0.079", "50.6", "15.6x", "2,400", "2.20", "\u2013", "3.30", "1.00x",
+        "0.079", "50.6", "15.6x", "2,400", "2.30", "±", "0.248", "\u2013", "3.30", "±", "0", "1.00x",
     ]  # fmt: skip
     assert "Left out" not in text
 
@@ -99,6 +99,7 @@ def test_markup_in_names_is_text():
 def test_markdown_has_every_column_and_the_cautions():
     unlike = [run | {"epochs": 1 if "sync" in run["experiment"] else 2} for run in RUNS]
     lines = markdown(compare(unlike, "digits.sync")).splitlines()
+    assert "| 2.30 ± 0.248 | \u2013 | 3.30 ± 0 |" in lines[3]
     assert {line.count("|") for line in lines[:4]} == {13}
     assert lines[3].startswith("| digits.terngrad | 3 | 92.00 ± 0.75 | \u22121.00 [")
     assert lines[1].startswith("| --- | ---: |")

@@ -131,16 +131,17 @@ def test_terminal_and_markdown_have_the_time(tmp_path):
     comparison = compare(runs, "digits.slow", target_accuracy=0.7)
     text = shown(ComparisonTable(comparison), 200)
     rows = {line.split()[0]: line.split() for line in text.splitlines() if "digits." in line}
-    assert rows["digits.fast"][-5:] == ["0.200", "(3", "of", "3)", "2.00x"]
+    assert rows["digits.fast"][-7:] == ["0.200", "±", "0", "(3", "of", "3)", "2.00x"]
     assert rows["digits.never"][-2:] == ["never", "\u2013"]
     assert "seconds to 70%" in markdown(comparison)
-    assert "0.400 (3 of 3)" in shown(ComparisonTable(comparison), 80), (
+    assert "0.400 ± 0 (3 of 3)" in shown(ComparisonTable(comparison), 80), (
         "it stays where room is short"
     )
     for width in (50, 60, 80, 100, 120):
         lines = shown(ComparisonTable(comparison), width).splitlines()
         assert all(len(line) <= width for line in lines)
     one = compare([run for run in runs if run["seed"] == 0], "digits.slow", target_accuracy=0.7)
+    assert "±" not in shown(ComparisonTable(one), 200), "one seed has no interval"
     assert "of 1" not in shown(ComparisonTable(one), 200)
 
 
@@ -156,6 +157,6 @@ def test_one_run_can_have_a_target(tmp_path):
 def test_conclusion_tells_who_was_there_sooner(tmp_path):
     runs = timed(tmp_path, slow=SLOW, fast=FAST, never=NEVER, none=(0.1, 0.1, 0.1, 0.1))
     fast, never, none = conclusion(compare(runs, "digits.slow", target_accuracy=0.7))
-    assert fast.endswith("It reached 70 % after 0.200 s, 2.0 times sooner than digits.slow.")
+    assert fast.endswith("It reached 70 % after 0.200 ± 0 s, 2.0 times sooner than digits.slow.")
     assert never.endswith("It reached 70 % with 2 of 3 seeds only.")
     assert none.endswith("It never reached 70 %.")

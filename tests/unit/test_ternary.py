@@ -10,11 +10,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 from sterna.data import Examples
 from sterna.models import MLP, SmallCNN
 from sterna.randomness import generator, isolated
 from sterna.solvers import CoNNTrA
+from sterna.surgery.program import Refused
 from sterna.surgery.straight_through import settle, straight_through
 from sterna.surgery.ternary import (
     codes_per_byte,
@@ -322,3 +324,21 @@ def test_straight_through_refuses():
         straight_through(mlp(4, 3), sets=(("x", ValueSet()),))
     with pytest.raises(ValueError, match="must be one of a plain module; got 'layers"):
         straight_through(straight_through(mlp(4, 3))[0])
+
+
+def test_weights_that_are_made_by_others_are_refused(tmp_path):
+    with isolated(0, "ternary"):
+        normed = nn.utils.parametrizations.weight_norm(nn.Linear(4, 3))
+        old = prune.l1_unstructured(nn.Linear(4, 3), "weight", 0.5)
+    with pytest.raises(
+        ValueError, match=r"^ternarise: .* plain module; got 'parametrizations.weight"
+    ):
+        ternarise(normed)
+    for edit in (ternarise, straight_through, settle):
+        with pytest.raises(Refused, match=r"must be copied.*prune.remove"):
+            edit(old)
+    path = tmp_path / "model.safetensors"
+    model, report = ternarise(mlp(4, 3))
+    save_packed(model, report.grids, path)
+    with pytest.raises(Refused, match=r"^Linear: the model must be copied"):
+        load_packed(path, old)

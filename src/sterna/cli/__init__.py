@@ -23,7 +23,8 @@ An EXPERIMENT is <data>.<method>, as `sterna list` shows, or your own: path/to/f
 Each command and each experiment has its flags: `sterna run digits.terngrad --help`.
 
 Exit status: 0 done; 1 the work failed, or a target was not met; 2 wrong usage: an unknown flag or
-experiment, a value out of range, a folder that is not there; 130 interrupted with Ctrl-C; 143 terminated.
+experiment, a value out of range, a folder that is not there, a file that is not what its flag names, a
+method that does not fit the model; 130 interrupted with Ctrl-C; 143 terminated.
 """
 
 

@@ -22,6 +22,7 @@ from sterna.cli.compress_flags import (
 )
 from sterna.cli.flags import parse
 from sterna.cli.usage import UsageError, dashed
+from sterna.comm.launch import explains_itself
 from sterna.export.timing import TITLES, Timings
 from sterna.runs.files import StoreError
 from sterna.runs.subject import NotNamed, Subject, of_module, of_run
@@ -31,6 +32,7 @@ def compress_command(arguments: list[str]) -> None:
     """``sterna compress``.
 
     Raises:
+        UsageError: a flag is wrong, or the method does not fit the model.
         StoreError: no candidate keeps the accuracy, or files cannot be read or written.
     """
     flags, _ = parse(CompressFlags, [], arguments, "sterna compress")
@@ -40,6 +42,7 @@ def compress_command(arguments: list[str]) -> None:
     from sterna.export.onnx import require_packages
     from sterna.runs.compress import Bench, compress
     from sterna.runs.compressed_report import best_reached, conclusion
+    from sterna.runs.noted import in_flags
 
     _explained(require_packages)
 
@@ -47,18 +50,24 @@ def compress_command(arguments: list[str]) -> None:
     subject = _subject(flags, value(flags, "lr"), value(flags, "batch_size"), flags.seed)
     stamp = time.strftime("%Y%m%d-%H%M%S")
     folder = flags.out or Path("runs") / f"compress-{flags.method}-{stamp}"
-    outcome = compress(
-        subject,
-        compressor,
-        folder,
-        keep_accuracy=flags.keep_accuracy,
-        validate_on=flags.validate_on,
-        validation=flags.validation,
-        bench=Bench(**{name: value(flags, name) for name in OF_TIMING}),
-        say=lambda text: progress.print(text, highlight=False, soft_wrap=True),
-    )
+    try:
+        outcome = compress(
+            subject,
+            compressor,
+            folder,
+            keep_accuracy=flags.keep_accuracy,
+            validate_on=flags.validate_on,
+            validation=flags.validation,
+            bench=Bench(**{name: value(flags, name) for name in OF_TIMING}),
+            say=lambda text: progress.print(text, highlight=False, soft_wrap=True),
+        )
+    except ValueError as error:
+        text = in_flags(str(error)) if explains_itself(error) else ""
+        if text.startswith("--"):
+            raise UsageError(text) from None
+        raise
     console = Console()
-    console.print(_candidates(outcome))
+    _show_candidates(console, outcome)
     for caution in outcome.told:
         console.print(f"[yellow]![/yellow] {escape(caution)}", highlight=False, soft_wrap=True)
     if not outcome.met:
@@ -126,7 +135,7 @@ def _subject(
             return of_module(
                 text, flags.weights, flags.data, lr=lr, batch_size=batch_size, seed=seed or 0
             )
-        except NotNamed as error:
+        except (NotNamed, StoreError) as error:  # all of it was named on the command line
             raise UsageError(str(error)) from None
     for name in ONLY_OF_MODULES:
         if getattr(flags, name, None) is not None:
@@ -182,18 +191,30 @@ def _explained(required: Callable[[], None]) -> None:
         raise StoreError(str(error)) from error
 
 
-def _candidates(outcome: Any) -> Table:
+def _show_candidates(console: Console, outcome: Any) -> None:
+    """The table; without quartiles where there is no room for them."""
     from sterna.runs.compressed_report import table, titles
 
+    headings, rows = titles(outcome), table(outcome)
+    shown = _candidates(headings, rows, set())
+    spread = {i for i, title in enumerate(headings) if title == "quartiles"}
+    wide = console.measure(shown, options=console.options.update(width=1000)).maximum
+    console.print(shown if wide <= console.width else _candidates(headings, rows, spread))
+    if wide > console.width:
+        note = "Left out for want of room: quartiles. The report has them."
+        console.print(note, style="dim", highlight=False, soft_wrap=True)
+
+
+def _candidates(headings: list[str], rows: list[list[str]], left_out: set[int]) -> Table:
     found = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    headings = titles(outcome)
-    for i, title in enumerate(headings):
-        name = title.replace(" ", "\n").replace("-", "-\n")
+    kept = [i for i in range(len(headings)) if i not in left_out]
+    for i in kept:
+        name = headings[i].replace(" ", "\n").replace("-", "-\n")
         side: Any = "left" if i in (0, len(headings) - 1) else "right"
         found.add_column(name, justify=side, no_wrap=i > 0)
-    for cells in table(outcome):
+    for cells in rows:
         style = "bold" if cells[-1] == "chosen" else "dim" if cells[-1] else ""
-        found.add_row(*map(escape, cells), style=style)
+        found.add_row(*(escape(cells[i]) for i in kept), style=style)
     return found
 
 

@@ -1,6 +1,5 @@
 """Run a request on the engine that was asked for, or that fits."""
 
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -11,8 +10,8 @@ from rich.console import Console
 
 from sterna.cli import units
 from sterna.cli.flags import MachineFlags
-from sterna.cli.ranges import built, check_device
-from sterna.cli.usage import UsageError, dashed, require
+from sterna.cli.ranges import built, check_device, flagged
+from sterna.cli.usage import UsageError, require
 from sterna.comm.distributed import Distributed
 from sterna.comm.in_process import run_in_process
 from sterna.comm.launch import launch
@@ -51,7 +50,12 @@ def require_timeout(seconds: float) -> None:
     Raises:
         UsageError: it cannot.
     """
-    require(0 < seconds < math.inf, "--timeout", "above 0 seconds and finite", seconds)
+    _require_seconds("--timeout", 0, seconds)
+
+
+def _require_seconds(flag: str, above: float, seconds: float) -> None:
+    must = f"above {above} and at most {units.MOST_SECONDS:,} seconds"
+    require(above < seconds <= units.MOST_SECONDS, flag, must, seconds)
 
 
 def setting_of(flags: MachineFlags, workers: int, restarts: int) -> Setting:
@@ -63,9 +67,9 @@ def setting_of(flags: MachineFlags, workers: int, restarts: int) -> Setting:
     require(workers >= 1, "--workers", "at least 1", workers)
     require(restarts >= 0, "--max-restarts", "0 or more", restarts)
     require_timeout(flags.timeout)
-    require(1 < flags.lease < math.inf, "--lease", "above 1 second and finite", flags.lease)
+    _require_seconds("--lease", 1, flags.lease)
     require(flags.shards >= 1, "--shards", "at least 1", flags.shards)
-    require(flags.example_seconds > 0, "--example-seconds", "above 0", flags.example_seconds)
+    _require_seconds("--example-seconds", 0, flags.example_seconds)
     given: dict[str, Any] = {}
     for name, parse in (("bandwidth", units.bandwidth), ("latency", units.seconds)):
         try:
@@ -141,10 +145,7 @@ def _check_server(request: Request, run: Run) -> None:
         asynchronous(run, request)
     except ValueError as error:
         text = str(error)
-        for name in ("batch_size", "backups"):
-            if name in request.arguments:
-                text = text.replace(f": {name} must", f": {dashed(name)} must")
-        raise UsageError(text) from None
+        raise UsageError(flagged(text, request.arguments) or text) from None
 
 
 def _fits(request: Request, run: Run, engine: str, setting: Setting) -> None:

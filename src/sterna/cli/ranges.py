@@ -3,7 +3,7 @@
 import inspect
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ def built(request: Request) -> Run:
     try:
         run = build(request)
     except ValueError as error:
-        text = _flagged(str(error), request) if explains_itself(error) else ""
+        text = flagged(str(error), _changed(request)) if explains_itself(error) else ""
         if text:
             raise UsageError(text) from None
         raise
@@ -59,22 +59,24 @@ def check_device(name: str) -> None:
         ) from None
 
 
+def flagged(text: str, names: Container[str]) -> str:
+    """An error of the library's own in words of the flags; empty where it is about none of ``names``.
+
+    Example:
+        >>> flagged("mine.py:train: step_size must be above 0; got 0. Usual is 0.1.", {"lr"})
+        '--lr must be above 0; got 0.'
+    """
+    found = re.match(r"\S+: (\w+) (must .*?; got .*?)\.(?: |$)", text, re.DOTALL)
+    if found is None:
+        return ""
+    name = found[1] if found[1] in names else _HANDED_ON_AS.get(found[1], "")
+    return f"{dashed(name)} {found[2].replace('None', 'none')}." if name in names else ""
+
+
 def _changed(request: Request) -> dict[str, Any]:
     """The arguments that are not the experiment's own."""
     own = inspect.signature(resolve(request.source or request.experiment)).parameters
     return {k: v for k, v in request.arguments.items() if k in own and v != own[k].default}
-
-
-def _flagged(text: str, request: Request) -> str:
-    """An error of the library's own, in words of the flags; empty where it names none of them."""
-    found = re.match(r"[\w.]+: (\w+) (must .*?; got .*?)\.(?: |$)", text, re.DOTALL)
-    if found is None:
-        return ""
-    changed = _changed(request)
-    name = found[1] if found[1] in changed else _HANDED_ON_AS.get(found[1])
-    if name not in changed:
-        return ""
-    return f"{dashed(name)} {found[2].replace('None', 'none')}."
 
 
 def _check_optimizer(run: Run, request: Request) -> None:

@@ -28,6 +28,7 @@ from sterna.surgery.program import copied
 
 _NEEDED = ("onnx", "onnxscript", "onnxruntime")
 _LARGEST = 2**31  # bytes of one protobuf message
+_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,7 @@ def to_onnx(
     *,
     dynamic_batch: bool = True,
     batch_dim: int = 0,
-    tolerance: float = 1e-4,
+    tolerance: float | None = None,
 ) -> Exported:
     """Write a model as ONNX, after comparing it with torch in ONNX Runtime.
 
@@ -74,7 +75,8 @@ def to_onnx(
         path: the file, whole or absent; usually ``*.onnx``.
         dynamic_batch: leave the batch size free; False fixes it to the example's.
         batch_dim: the dimension that counts examples: 1 for recurrent models with time first.
-        tolerance: largest absolute difference allowed, as a share of the largest output; above 0. Whole
+        tolerance: largest absolute difference allowed, as a share of the largest output; above 0. None
+            takes 1e-4, or five roundings of the coarsest dtype in the model where that is more. Whole
             numbers must be equal.
 
     Returns:
@@ -95,13 +97,16 @@ def to_onnx(
         >>> exported.batches, exported.largest_difference < 1e-5
         ((3, 1, 4), True)
     """
-    if not 0 < tolerance < 1:
-        raise ValueError(f"to_onnx: tolerance must be a share in (0, 1); got {tolerance!r}.")
+    if tolerance is not None and not 0 < tolerance < 1:
+        raise ValueError(
+            f"to_onnx: tolerance must be a share in (0, 1), or None; got {tolerance!r}."
+        )
     require_packages()
     path = Path(path)
     content, names, onnx_opset, inputs, copy, batches = _converted(
         model, example, dynamic_batch, batch_dim
     )
+    tolerance = tolerance or _usual(copy, inputs)
     largest = agreement(model, copy, content, inputs, batch_dim, batches, tolerance)
     _write_whole(path, content)
     return Exported(
@@ -115,6 +120,13 @@ def to_onnx(
         tolerance=tolerance,
         dynamic_batch=dynamic_batch,
     )
+
+
+def _usual(model: nn.Module, inputs: Any) -> float:
+    """What rounding may make of an output: see `to_onnx`."""
+    every = (*model.parameters(), *model.buffers(), *tensors(inputs))
+    steps = [torch.finfo(x.dtype).eps for x in every if x.is_floating_point()]
+    return max(_TOLERANCE, 5 * max(steps, default=0.0))
 
 
 def onnx_bytes(model: nn.Module, example: Example) -> bytes:
@@ -226,7 +238,13 @@ def _serialised(
     _strip(proto.graph)
     for function in proto.functions:
         _strip(function)
-    onnx.checker.check_model(proto, full_check=True)
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except Exception as error:
+        raise ExportError(
+            f"{type(model).__name__}: torch's ONNX file of it is not valid: {first_line(error)} Its types "
+            "may be the reason: ONNX has most operators for float32, so export model.float()."
+        ) from error
     names = tuple(tuple(x.name for x in xs) for xs in (proto.graph.input, proto.graph.output))
     opset = max(o.version for o in proto.opset_import if o.domain in ("", "ai.onnx"))
     return proto.SerializeToString(), (names[0], names[1]), opset

@@ -110,20 +110,17 @@ class Timings:
         """The rows of the table, written."""
         found = []
         for row in self.rows:
-            if row.seconds is None or row.low is None or row.high is None:
+            if row.seconds is None:
                 found.append([row.engine, row.model, "not available", "", "", ""])
                 continue
-            spread = ""
-            if row.ratio_low is not None and row.ratio_high is not None:
-                spread = f"{row.ratio_low:.2f}\u2013{row.ratio_high:.2f}"
             found.append(
                 [
                     row.engine,
                     row.model,
                     _milliseconds(row.seconds),
-                    f"{_milliseconds(row.low)}\u2013{_milliseconds(row.high)}",
+                    quartiles(row.low, row.high, _milliseconds),
                     "" if row.ratio is None else f"{row.ratio:.2f}x",
-                    spread,
+                    quartiles(row.ratio_low, row.ratio_high, "{:.2f}".format),
                 ]
             )
         return found
@@ -141,6 +138,16 @@ class Timings:
             if row.unavailable
         ]
         return [first, *why]
+
+
+def quartiles(low: float | None, high: float | None, write: Callable[[float], str]) -> str:
+    """A cell of the lower and the upper quartile; empty where there are none.
+
+    Example:
+        >>> quartiles(1.5, 2.0, "{:.2f}".format), quartiles(None, None, "{:.2f}".format)
+        ('1.50–2.00', '')
+    """
+    return "" if low is None or high is None else f"{write(low)}\u2013{write(high)}"
 
 
 def time_models(

@@ -152,6 +152,10 @@ def sparsify(
         (True, 1.0)
     """
     _check(strength, depth, epochs, finetune_epochs, vanished, multiply_adds)
+    if not (isinstance(round_to, int) and round_to >= 1):
+        raise ValueError(
+            f"sparsify: round_to must be a whole number, at least 1; got {round_to!r}."
+        )
     small, example = copied(model).to(training.device), training.example
     found = Structures.of(small, example, layers=layers, exclude=exclude, depth=depth > 0)
     if depth > 0 and not found.branches:

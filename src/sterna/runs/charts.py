@@ -12,7 +12,7 @@ from html import escape
 
 from sterna.runs import figures
 from sterna.runs.curves import Curve
-from sterna.runs.scales import Scale, around, decades
+from sterna.runs.scales import Scale, around, decades, from_tick
 
 COLOURS = 8
 DASHES = ("", "7 4", "2 3.5", "11 4 2 4", "5 2.5")
@@ -88,6 +88,7 @@ def line_chart(curves: Sequence[Curve], measure: Measure, axis: str) -> str:
 def scales(curves: Sequence[Curve], measure: Measure, axis: str) -> tuple[Scale, Scale]:
     """The axes. Bits are logarithmic where they span more than 1.5 decades, losses more than 2.
 
+    A linear vertical axis that does not start at zero starts at a tick, so that its label says so.
     The value before training (step 0) does not stretch the vertical axis, but where the measure says so.
     """
     xs = [x for curve in curves for x in curve.x[axis].tolist()]
@@ -105,6 +106,7 @@ def scales(curves: Sequence[Curve], measure: Measure, axis: str) -> tuple[Scale,
     low, high = around(ys, log=log)
     if measure.key == "accuracy":
         low, high = max(low, 0.0), min(high, 100.0 * 1.002)
+    low = low if log else from_tick(low, high)
     return across, Scale(low=low, high=high, start=BOTTOM, end=TOP, log=log)
 
 

@@ -1,7 +1,7 @@
 """Runs side by side: what each experiment reached and spent, and how far that is from a baseline.
 
-The score and its confidence interval are taken over the seeds (``estimate``). The difference to
-the baseline is taken seed by seed, over the seeds that both have, so what a seed does to both
+The score and the seconds and their confidence intervals are taken over the seeds (``estimate``). The
+difference to the baseline is taken seed by seed, over the seeds that both have, so what a seed does to both
 cancels; its p-value is that of the two-sided paired t-test. Intervals and p-values are not
 corrected for the number of experiments. A ratio is the baseline's mean over this experiment's
 mean: 16 for bits means 16 times fewer. The time to a target accuracy is a mean over the seeds that
@@ -39,6 +39,8 @@ FIGURES = (
     "model_bits",
 )
 """The figures of ``summary.json`` that are averaged over seeds."""
+TIMES = ("compute_s", "wait_s", "wall_s")
+"""Those of them that are seconds, which differ from seed to seed where nothing else does."""
 
 Summary = Mapping[str, Any]
 
@@ -57,6 +59,8 @@ class Statistic:
             both.
         means: mean over seeds of every figure in `FIGURES`; None where a seed has no finite value.
         ratios: baseline's mean over this mean; None where either is missing or zero.
+        times: of every figure in `TIMES`, the estimate that its mean is of; None where there is no mean.
+        longer: wall seconds minus the baseline's; None as for ``difference``.
         to_target: seconds to the target accuracy over the seeds that reached it, of which it has the
             number; None where none did, and where there is no target.
         times_sooner: baseline's mean of these seconds over this mean; None unless all seeds of both
@@ -71,6 +75,8 @@ class Statistic:
     difference: Difference | None
     means: Mapping[str, float | None]
     ratios: Mapping[str, float | None]
+    times: Mapping[str, Estimate | None]
+    longer: Difference | None
     to_target: Estimate | None = None
     times_sooner: float | None = None
 
@@ -156,24 +162,24 @@ def statistics(
     base = groups[baseline]
     base_means = {figure: _mean(base, figure) for figure in FIGURES}
     base_score = _score_name(base)
+    base_wall = _scores(base, "wall_s")
     base_times = None if target_accuracy is None else _scores(base, KEY)
     found = []
     for experiment in sorted(groups, key=lambda name: name != baseline):
         runs = groups[experiment]
         name = _score_name(runs)
         scores = _scores(runs, name)
-        difference = None
+        difference = longer = None
         if experiment != baseline and name == base_score:
-            others = _scores(base, name)
-            common = [seed for seed in scores if seed in others]
-            difference = paired([scores[seed] - others[seed] for seed in common], confidence)
+            difference = _difference(scores, _scores(base, name), confidence)
+        if experiment != baseline:
+            longer = _difference(_scores(runs, "wall_s"), base_wall, confidence)
         means = {figure: _mean(runs, figure) for figure in FIGURES}
         ratios = {}
         for figure, mean in means.items():
             of_base = base_means[figure]
             ratios[figure] = of_base / mean if mean and of_base else None
-        times = {} if base_times is None else _scores(runs, KEY)
-        to_target = estimate(list(times.values()), confidence)
+        reached = {} if base_times is None else _scores(runs, KEY)
         found.append(
             Statistic(
                 experiment=experiment,
@@ -184,8 +190,15 @@ def statistics(
                 difference=difference,
                 means=means,
                 ratios=ratios,
-                to_target=to_target,
-                times_sooner=_sooner(times, base_times or {}, len(runs), len(base)),
+                times={
+                    figure: None
+                    if means[figure] is None
+                    else estimate(list(_scores(runs, figure).values()), confidence)
+                    for figure in TIMES
+                },
+                longer=longer,
+                to_target=estimate(list(reached.values()), confidence),
+                times_sooner=_sooner(reached, base_times or {}, len(runs), len(base)),
             )
         )
     return found
@@ -324,6 +337,12 @@ def _scores(runs: Mapping[int, Summary], name: str | None) -> dict[int, float]:
         if value is not None:
             found[seed] = value
     return found
+
+
+def _difference(
+    mine: Mapping[int, float], of_base: Mapping[int, float], confidence: float
+) -> Difference | None:
+    return paired([mine[seed] - of_base[seed] for seed in mine if seed in of_base], confidence)
 
 
 def _require_times(summaries: Sequence[Summary], target_accuracy: float) -> None:

@@ -51,8 +51,12 @@ class Tried:
         multiply_adds: of one example.
         bits: of the stored weights.
         seconds: of one batch, median; None where it could not be timed.
+        low: lower quartile of them.
+        high: upper quartile.
         fastest: the least seconds of one batch.
         ratio: how many times faster than the dense model.
+        ratio_low: lower quartile of the rounds' ratios.
+        ratio_high: upper quartile.
         keeps: whether it keeps the accuracy and removes anything.
         notes: what the library warned of.
     """
@@ -63,8 +67,12 @@ class Tried:
     multiply_adds: int
     bits: int
     seconds: float | None
+    low: float | None
+    high: float | None
     fastest: float | None
     ratio: float | None
+    ratio_low: float | None
+    ratio_high: float | None
     keeps: bool
     notes: tuple[str, ...] = ()
 
@@ -271,15 +279,20 @@ def _free(label: str, taken: Sequence[str]) -> str:
 def _tried(
     candidate: Candidate, example: torch.Tensor, timing: Timing | None, least: float
 ) -> Tried:
+    timing = timing or Timing(model=candidate.label, engine="eager")  # no figures
     return Tried(
         label=candidate.label,
         accuracy=candidate.accuracy,
         parameters=_count(candidate.model),
         multiply_adds=multiply_adds(candidate.model, example),
         bits=candidate.bits,
-        seconds=timing.seconds if timing else None,
-        fastest=timing.fastest if timing else None,
-        ratio=timing.ratio if timing else None,
+        seconds=timing.seconds,
+        low=timing.low,
+        high=timing.high,
+        fastest=timing.fastest,
+        ratio=timing.ratio,
+        ratio_low=timing.ratio_low,
+        ratio_high=timing.ratio_high,
         keeps=candidate.changed and candidate.accuracy >= least,
         notes=candidate.notes,
     )

@@ -12,11 +12,11 @@ from importlib.resources import files
 from string import Template
 from typing import TYPE_CHECKING, Any
 
-from sterna.export.timing import TITLES, Timings
+from sterna.export.timing import TITLES, Timings, quartiles
 from sterna.runs import figures
 from sterna.runs.charts import BOTTOM, HEIGHT, LEFT, MARKERS, RIGHT, TOP, WIDTH, Bar, bar_chart
 from sterna.runs.figures import percent
-from sterna.runs.scales import Scale, around
+from sterna.runs.scales import Scale, around, from_tick
 
 if TYPE_CHECKING:
     from sterna.runs.compress import Outcome, Tried
@@ -113,7 +113,7 @@ def best_reached(outcome: "Outcome") -> str:
 
 
 _Column = tuple[str, Callable[[Any], str], Callable[["Tried"], str]]
-_COLUMNS: tuple[_Column, ...] = (
+_COUNTS: tuple[_Column, ...] = (
     ("candidate", lambda s: "dense", lambda t: t.label),
     (
         "validation %",
@@ -130,20 +130,23 @@ _COLUMNS: tuple[_Column, ...] = (
         lambda s: figures.count(s["multiply_adds_dense"]),
         lambda t: figures.count(t.multiply_adds),
     ),
+)
+_SIZE: tuple[_Column, ...] = (
     ("Mbit", lambda s: figures.megabits(s["model_bits_dense"]), lambda t: figures.megabits(t.bits)),
-    (
-        "ms a batch",
-        lambda s: "",
-        lambda t: figures.MISSING if t.seconds is None else _ms(t.seconds),
-    ),
-    ("times faster", lambda s: "", lambda t: figures.ratio(t.ratio)),
+)
+_TIME: tuple[_Column, ...] = (
+    (TITLES[2], lambda s: "", lambda t: figures.seconds(t.seconds and 1e3 * t.seconds)),
+    (TITLES[3], lambda s: "", lambda t: quartiles(t.low, t.high, _ms)),
+)
+_FASTER: tuple[_Column, ...] = (
+    (TITLES[4], lambda s: "", lambda t: figures.ratio(t.ratio)),
+    (TITLES[5], lambda s: "", lambda t: quartiles(t.ratio_low, t.ratio_high, "{:.2f}".format)),
 )
 
 
 def _columns(outcome: "Outcome") -> list[_Column]:
     """Storage is shown where it is what was gained, else milliseconds."""
-    hidden = "ms a batch" if outcome.by_size else "Mbit"
-    return [column for column in _COLUMNS if column[0] != hidden]
+    return [*_COUNTS, *(_SIZE if outcome.by_size else _TIME), *_FASTER]
 
 
 def titles(outcome: "Outcome") -> list[str]:
@@ -182,23 +185,25 @@ def _tried_note(outcome: "Outcome") -> str:
     s = outcome.summary
     return (
         f"Validation accuracy on {s['validation_examples']} examples; the target was to lose at most "
-        f"{s['keep_accuracy']:g} points. Times are of one interleaved run."
+        f"{s['keep_accuracy']:g} points. Times are medians and quartiles of one interleaved run."
     )
 
 
 def _tried(outcome: "Outcome") -> str:
-    head = "".join(f'<th scope="col">{escape(title)}</th>' for title in titles(outcome))
+    return _table("Candidates", titles(outcome), table(outcome)) + _front(outcome)
+
+
+def _table(label: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f'<th scope="col">{escape(title)}</th>' for title in heads)
     body = ""
-    for cells in table(outcome):
+    for cells in rows:
         mark = ' class="main"' if cells[-1] == "chosen" else ""
         inner = "".join(f"<td>{escape(cell)}</td>" for cell in cells[1:])
         body += f'<tr{mark}><th scope="row">{escape(cells[0])}</th>{inner}</tr>'
-    scroll = 'class="scroll" tabindex="0" role="region" aria-label="Candidates"'
-    listed = (
-        f'<div {scroll}><table class="workers"><thead><tr>{head}</tr></thead><tbody>{body}</tbody>'
-        "</table></div>"
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{label}"><table class="workers">'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
-    return listed + _front(outcome)
 
 
 def _front(outcome: "Outcome") -> str:
@@ -212,7 +217,8 @@ def _front(outcome: "Outcome") -> str:
     low, high = around([1.0, *(1.05 * x for x, _, _ in points)], zero=True)
     across = Scale(low=low, high=high, start=LEFT, end=RIGHT)
     low, high = around([dense, least, *(y for _, y, _ in points)])
-    up = Scale(low=low, high=min(high, 100.2), start=BOTTOM, end=TOP)
+    high = min(high, 100.2)
+    up = Scale(low=from_tick(low, high), high=high, start=BOTTOM, end=TOP)
     parts = [
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-labelledby="front-t front-d">',
         '<title id="front-t">Validation accuracy against speed</title>',
@@ -234,7 +240,7 @@ def _front(outcome: "Outcome") -> str:
         f'</g><line class="base" x1="{LEFT}" x2="{RIGHT}" y1="{BOTTOM}" y2="{BOTTOM}"/>',
         f'<line class="base" stroke-dasharray="4 4" x1="{LEFT}" x2="{RIGHT}" y1="{up(least):.1f}" '
         f'y2="{up(least):.1f}"/>',
-        f'<text x="{LEFT + 4}" y="{up(least) + 16:.1f}">target</text>',
+        f'<text x="{LEFT + 4}" y="{up(least) - 6:.1f}">target</text>',
         f'<text x="{RIGHT}" y="{HEIGHT - 10}" text-anchor="end">times faster than the dense model</text>',
         _mark(across(1.0), up(dense), _OTHER, 0, "dense"),
     ]
@@ -342,17 +348,7 @@ def _ledger(s: Any) -> str:
 def _timed(timings: Timings | None) -> str:
     if timings is None:
         return ""
-    head = "".join(f'<th scope="col">{escape(title)}</th>' for title in TITLES)
-    body = "".join(
-        f'<tr><th scope="row">{escape(row[0])}</th>'
-        + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:])
-        + "</tr>"
-        for row in timings.cells()
-    )
-    content = (
-        f'<div class="scroll"><table class="workers"><thead><tr>{head}</tr></thead><tbody>{body}</tbody>'
-        "</table></div>"
-    )
+    content = _table("Timings", TITLES, timings.cells())
     return _section("How fast it is", " ".join(timings.notes()), content)
 
 

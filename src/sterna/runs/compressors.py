@@ -5,7 +5,7 @@ surgery do the work; here they are tried over a range, and what comes out is bro
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeAlias
@@ -51,6 +51,8 @@ class Candidate:
     changed: bool
     notes: tuple[str, ...] = ()
 
+
+_NAMED = 3  # weights that a note names
 
 Candidates: TypeAlias = Iterator[Candidate]
 Say: TypeAlias = Callable[[str], object]
@@ -290,6 +292,8 @@ class LowRank:
 class Ternary:
     """Weights of few values, by coordinate descent: `sterna.solvers.CoNNTrA`. Saves storage, not time.
 
+    Only the linear layers at the end are searched; the notes name the weights that stay float.
+
     Args:
         passes: most passes over all weights.
         batch_size: examples that a change is judged by; None takes all.
@@ -321,10 +325,24 @@ class Ternary:
                     generator(training.seed, "ternary"),
                     say=tell,
                 )
-            yield _packed(label, small, report.grids, training, notes)
+            left = _stay_float(report.left)
+            yield _packed(label, small, report.grids, training, [*notes, *left])
         with noted() as notes:
-            rounded, rounding = ternarise(model)
-        yield _packed("ternary, rounded only", rounded, rounding.grids, training, notes)
+            same = tuple((name, TERNARY) for name in report.grids)
+            rounded, rounding = ternarise(model, sets=same)
+        yield _packed("ternary, rounded only", rounded, rounding.grids, training, [*notes, *left])
+
+
+def _stay_float(left: Mapping[str, str]) -> list[str]:
+    """A sentence for each reason for which weights are not searched."""
+    reasons: dict[str, list[str]] = {}
+    for name, why in left.items():
+        reasons.setdefault(why, []).append(name)
+    found = []
+    for why, names in reasons.items():
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        found.append(f"Stays float, as it {why}: {', '.join(names[:_NAMED])}{more}.")
+    return found
 
 
 def _described(

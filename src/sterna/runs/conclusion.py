@@ -56,9 +56,12 @@ def _time(statistic: Statistic, base: Statistic) -> str:
     longer = 1 / ratio - 1
     if abs(longer) < 0.025:
         return "took about as long"
+    text = f"took {abs(longer):.0%} {'more' if longer > 0 else 'less'} time".replace("%", " %")
     if longer >= 1:
-        return f"took {_times(1 / ratio)} times as long"
-    return f"took {abs(longer):.0%} {'more' if longer > 0 else 'less'} time".replace("%", " %")
+        text = f"took {_times(1 / ratio)} times as long"
+    seen = statistic.longer
+    unclear = seen is not None and seen.num > 1 and not seen.shown
+    return f"{text}, which the seeds do not show" if unclear else text
 
 
 def _score(statistic: Statistic, base: Statistic, confidence: float, whose: str) -> str:
@@ -96,7 +99,7 @@ def _target(statistic: Statistic, base: Statistic, target: float | None) -> str:
         return f" It never reached {goal}."
     if found.num < every:
         return f" It reached {goal} with {found.num} of {every} seeds only."
-    text = f" It reached {goal} after {figures.seconds(found.mean)} s"
+    text = f" It reached {goal} after {figures.estimated(found, figures.seconds)} s"
     ratio = statistic.times_sooner
     if ratio is None or abs(ratio - 1) < 0.025:
         return f"{text}."
@@ -126,8 +129,9 @@ def _alone(statistic: Statistic, comparison: Comparison) -> str:
         text += f". Its {figures.count(workers)} workers sent {sent}"
         if means["messages"] is not None:
             text += f" in {figures.count(means['messages'])} messages"
-    if means["wall_s"] is not None:
-        text += f". Training took {figures.seconds(means['wall_s'])} s"
+    wall = statistic.times["wall_s"]
+    if wall is not None:
+        text += f". Training took {figures.estimated(wall, figures.seconds)} s"
         compute, wait = means["compute_s"], means["wait_s"]
         if compute is not None and wait is not None and compute + wait > 0 and workers != 1:
             text += f", {100 * wait / (compute + wait):.0f} % of it waiting"

@@ -3,6 +3,8 @@
 A figure that is not known is a dash. Seconds keep three digits; counts are grouped by thousands.
 """
 
+from collections.abc import Callable
+
 from sterna.data.merit import MERITS
 from sterna.runs.estimate import Difference, Estimate
 
@@ -54,13 +56,20 @@ def compact(value: float) -> str:
     return _signed(f"{value:.4g}")
 
 
+def estimated(estimate: Estimate | None, write: Callable[[float], str]) -> str:
+    """Mean and half the width of the interval, where there is one."""
+    return MISSING if estimate is None else f"{write(estimate.mean)}{spread(estimate, write)}"
+
+
+def spread(estimate: Estimate | None, write: Callable[[float], str]) -> str:
+    """Half the width of the interval, behind a space; empty where there is none."""
+    half = None if estimate is None else estimate.half_width
+    return "" if half is None else f" ± {write(half)}"
+
+
 def score(estimate: Estimate | None, name: str | None) -> str:
-    """Mean and half the width of the interval; accuracy in percent."""
-    if estimate is None:
-        return MISSING
-    mean = points(estimate.mean, name)
-    half = estimate.half_width
-    return mean if half is None else f"{mean} ± {points(half, name)}"
+    """A score with its interval; accuracy in percent."""
+    return estimated(estimate, lambda value: points(value, name))
 
 
 def difference(value: Difference | None, name: str | None) -> str:

@@ -4,9 +4,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from sterna.runs.multiply_adds import UNKNOWN
+from sterna.multiply_adds import counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,13 +28,13 @@ def kept_by_layer(dense: nn.Module, small: nn.Module, example: torch.Tensor) -> 
         small: the compressed model, whose modules have the same names, or names below them.
         example: one input, shape (1, ...).
     """
-    before, after = _costs(dense, example), _costs(small, example)
+    before, after = counted(dense, (example,)), counted(small, (example,))
     there, found = dict(small.named_modules()), []
     for name, module in dense.named_modules():
         own = sum(p.numel() for p in module.parameters(recurse=False))
         if not own:
             continue
-        leaf = not any(m is not module and any(m.parameters()) for m in module.modules())
+        leaf = not any(True for m in module.children() for _ in m.parameters())
         stands = there.get(name)
         if stands is None:
             left = 0
@@ -52,16 +51,3 @@ def kept_by_layer(dense: nn.Module, small: nn.Module, example: torch.Tensor) -> 
             )
         )
     return tuple(found)
-
-
-def _costs(model: nn.Module, example: torch.Tensor) -> dict[str, int]:
-    """Multiply-adds by module, with all that is in it."""
-    root = type(model).__name__
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=UNKNOWN) as counter:
-        model.eval()(example.clone())
-    counts = counter.get_flop_counts()
-    return {
-        name.removeprefix(root).removeprefix("."): sum(by.values()) // 2
-        for name, by in counts.items()
-        if name != "Global"
-    }

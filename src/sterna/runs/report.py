@@ -186,10 +186,11 @@ def _section(title: str, note: str, content: str) -> str:
 
 
 def _differences_note(comparison: Comparison) -> str:
-    if len(comparison.statistics) == 1:
-        return "A dash is a figure that is not known or has no meaning here."
     several = any(statistic.num_seeds > 1 for statistic in comparison.statistics)
     level = f"{comparison.confidence * 100:.4g} %"
+    if len(comparison.statistics) == 1:
+        said = f" Behind \u00b1: {level} intervals over seeds." if several else ""
+        return f"A dash is a figure that is not known or has no meaning here.{said}"
     return f"Differences and ratios are to {comparison.baseline}. " + (
         f"Behind \u00b1 and below differences: {level} intervals over seeds."
         if several

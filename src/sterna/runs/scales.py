@@ -72,12 +72,33 @@ def around(
     return low - air, high + air
 
 
-def _ticks(low: float, high: float, about: int = 5) -> list[float]:
+def from_tick(low: float, high: float) -> float:
+    """Where a linear axis starts so that a label says where: at the tick below; at or below zero, there.
+
+    Example:
+        >>> from_tick(67.2, 96.0), from_tick(-0.1, 2.0)
+        (65.0, -0.1)
+    """
+    for _ in range(4):  # a longer axis may have wider steps
+        step = _step(low, high)
+        low = _multiple(math.floor(low / step + 1e-9), step) if low > 0 else low
+    return low
+
+
+def _step(low: float, high: float, about: int = 5) -> float:
     rough = (high - low) / about
     size = 10.0 ** math.floor(math.log10(rough))
-    step = next(size * factor for factor in (1, 2, 5, 10) if size * factor >= 0.7 * rough)
+    return next(size * factor for factor in (1, 2, 5, 10) if size * factor >= 0.7 * rough)
+
+
+def _multiple(count: int, step: float) -> float:
+    return round(count * step, 12 - math.floor(math.log10(step)))
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    step = _step(low, high)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [round(i * step, 12 - math.floor(math.log10(step))) for i in range(first, last + 1)]
+    return [_multiple(i, step) for i in range(first, last + 1)]
 
 
 def _log_ticks(low: float, high: float) -> list[float]:

@@ -3,12 +3,14 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 from typing import Any
 
 from sterna.data.merit import MERITS
 from sterna.runs import charts, figures
 from sterna.runs.compare import Comparison, Statistic
+from sterna.runs.estimate import Estimate
 from sterna.runs.reading import Finished
 
 
@@ -164,6 +166,11 @@ def _seeds(statistics: Sequence[Statistic]) -> str:
     return "one seed" if numbers == {1} else f"mean over {numbers.pop()} seeds"
 
 
+def _spread(estimate: Estimate | None, write: Callable[[float], str]) -> str:
+    text = figures.spread(estimate, write)
+    return f" <span class=of>{text.strip()}</span>" if text else ""
+
+
 def _score_rows(statistics: Sequence[Statistic]) -> list[str]:
     names = list(dict.fromkeys(s.score_name for s in statistics if s.score_name))
     rows = []
@@ -172,11 +179,7 @@ def _score_rows(statistics: Sequence[Statistic]) -> list[str]:
         for s in statistics:
             mine = s.score if s.score_name == name else None
             text = figures.MISSING if mine is None else figures.points(mine.mean, name)
-            half = None if mine is None else mine.half_width
-            spread = (
-                "" if half is None else f" <span class=of>± {figures.points(half, name)}</span>"
-            )
-            cells.append(f"<td>{text}{spread}</td>")
+            cells.append(f"<td>{text}{_spread(mine, partial(figures.points, name=name))}</td>")
         unit = f' <span class="unit">{MERITS[name].unit.strip()}</span>' * bool(MERITS[name].unit)
         rows.append(f'<tr class="main"><th scope="row">{name}{unit}</th>{"".join(cells)}</tr>')
     if any(s.difference for s in statistics):
@@ -196,8 +199,7 @@ def _target_row(statistics: Sequence[Statistic], target: float | None) -> list[s
     for s in statistics:
         found, every = s.to_target, s.num_seeds
         text = "never" if found is None else figures.seconds(found.mean)
-        half = None if found is None else found.half_width
-        text += "" if half is None else f" <span class=of>± {figures.seconds(half)}</span>"
+        text += _spread(found, figures.seconds)
         if every > 1:
             text += f"<small>{s.num_reached} of {every} seeds</small>"
         ratio = s.times_sooner
@@ -239,7 +241,8 @@ def _row(row: _Figure, statistics: Sequence[Statistic]) -> str:
             word = row.versus[0] if ratio >= 1 else row.versus[1]
             times = figures.ratio(ratio if ratio >= 1 else 1 / ratio).replace("x", "\u00d7")
             below = f"<small>{times} {word}</small>"
-        cells.append(f"<td>{row.write(s.means[row.key])}{below}</td>")
+        spread = _spread(s.times.get(row.key), row.write)
+        cells.append(f"<td>{row.write(s.means[row.key])}{spread}{below}</td>")
     main = ' class="main"' if row.key == "bits_sent" else ""
     unit = f' <span class="unit">{row.unit}</span>' if row.unit else ""
     return f'<tr{main}><th scope="row">{row.label}{unit}</th>{"".join(cells)}</tr>'

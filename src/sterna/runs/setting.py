@@ -7,6 +7,8 @@ from typing import Any
 from sterna.server.cluster import Cluster
 from sterna.server.delays import Constant, Delay, Gamma, LogNormal, PerWorker
 
+_MOST_FACTOR, _MOST_JITTER = 1_000_000, 1000
+
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
@@ -15,8 +17,8 @@ class Setting:
     Args:
         workers: how many; >= 1.
         engine: ``virtual``, ``local``, ``ray`` or ``torchrun``.
-        stragglers: pairs of a worker and the factor by which it is slower; >= 1.
-        jitter: standard deviation of a virtual worker's seconds over their mean; >= 0.
+        stragglers: pairs of a worker and the factor by which it is slower; 1 to a million.
+        jitter: standard deviation of a virtual worker's seconds over their mean; 0 to 1000.
         example_s: virtual seconds that a worker computes for one example; > 0.
         bandwidth: of each virtual link and direction, bits per second; None leaves size out.
         latency: seconds that a virtual message takes beside; >= 0.
@@ -50,13 +52,15 @@ class Setting:
                     f"stragglers must be workers from 0 to {self.workers - 1}; got {worker}. Name one "
                     "that is there, or start more workers."
                 )
-            if not factor >= 1:
+            if not 1 <= factor <= _MOST_FACTOR:
                 raise ValueError(
-                    f"stragglers must be slower by a factor of at least 1; got {factor} for worker "
-                    f"{worker}."
+                    f"stragglers must be slower by a factor of at least 1 and at most {_MOST_FACTOR:,}; "
+                    f"got {factor} for worker {worker}."
                 )
-        if not self.jitter >= 0:
-            raise ValueError(f"jitter must be at least 0; got {self.jitter}. 0 does not vary.")
+        if not 0 <= self.jitter <= _MOST_JITTER:
+            raise ValueError(
+                f"jitter must be at least 0 and at most {_MOST_JITTER}; got {self.jitter}. 0 does not vary."
+            )
         if self.shards > 1 and self.engine in ("virtual", "local"):
             raise ValueError(
                 f"shards must be 1 for engine {self.engine}, which has one server; got {self.shards}. "

@@ -5,7 +5,7 @@ model can be loaded into it; nothing is unpickled.
 """
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from sterna.data import Dataset
+from sterna.evaluation import logits_of
 from sterna.procedures.training import Training
 from sterna.randomness import isolated
 from sterna.runs.experiment import UnknownExperiment, located, resolve, restored
@@ -27,10 +28,12 @@ from sterna.runs.reopen import described
 from sterna.runs.request import Request, build
 from sterna.schedules import Polynomial
 from sterna.surgery.description import load
+from sterna.surgery.program import refuse_converted
 from sterna.surgery.ternary import load_packed
 
 LOADERS = ("digits", "mnist", "fashion_mnist", "cifar10")
 ORIGINAL = "original.json"
+_AGAIN = "Save this model's weights again."
 
 
 class NotNamed(ValueError):
@@ -241,26 +244,42 @@ def _filled(subject: Subject, weights: Path) -> Subject:
         with safe_open(weights, framework="pt") as file:
             about = file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise StoreError(f"{weights} is not a safetensors file: {error}.") from error
+        why = str(error).rpartition("header: ")[2].rstrip(".")
+        raise StoreError(
+            f"{weights} is not a safetensors file, or not a whole one: {why}. {_AGAIN}"
+        ) from error
     model = subject.model
     try:
+        refuse_converted(model)
         if "sterna.shrunk" in about:
             model = load(model, weights)
         elif "packed" in about:
             model, _ = load_packed(weights, model)
         else:
-            model.load_state_dict(load_file(weights))
+            tensors = load_file(weights)
+            wrong = _misfit(model, tensors)
+            if wrong:
+                raise ValueError(f"{wrong}. {_AGAIN}")
+            model.load_state_dict(tensors, strict=False)  # tied names are stored once
     except (ValueError, RuntimeError) as error:
-        first = " ".join(str(error).split())
-        raise StoreError(f"{weights} does not fit the model of {name}: {first[:400]}") from error
+        why = " ".join(str(error).split())
+        raise StoreError(f"{weights} does not fit the model of {name}: {why[:400]}") from error
     model.eval()
     wrong = _complaint(model, subject.example)
     if wrong:
-        shape = tuple(subject.data.train.inputs.shape[1:])
+        first = subject.example
         raise StoreError(
-            f"The model of {name} does not run on {subject.data.name} (inputs of shape {shape}): {wrong}. "
-            "Name the data that it was trained on."
+            f"The model of {name} does not run on {subject.data.name} (inputs of shape "
+            f"{tuple(first.shape[1:])}, {str(first.dtype).rpartition('.')[2]}): {wrong}. Name the data that "
+            "it was trained on."
         )
+    train = subject.data.train
+    highest = train.targets.reshape(len(train), -1).amax(dim=1).argmax().view(1)
+    try:
+        with torch.no_grad(), isolated(0, "subject"):
+            logits_of(model(train.inputs[highest]), train.targets[highest])
+    except ValueError as error:
+        raise StoreError(f"The model of {name} does not fit {subject.data.name}: {error}") from None
     return Subject(
         name=name,
         model=model,
@@ -269,3 +288,28 @@ def _filled(subject: Subject, weights: Path) -> Subject:
         original=subject.original,
         compressed="sterna.shrunk" in about or "packed" in about,
     )
+
+
+def _misfit(model: nn.Module, tensors: Mapping[str, Tensor]) -> str:
+    """What is missing in a model's state, too much, or of another shape; empty if nothing is."""
+    own = model.state_dict()
+    there = {_place(own[name]) for name in tensors if name in own}
+    lacking = [name for name, x in own.items() if name not in tensors and _place(x) not in there]
+    strange = [name for name in tensors if name not in own]
+    parts = [f"it lacks {_few(lacking)}"] if lacking else []
+    parts += [f"it has {_few(strange)}, which the model has not"] if strange else []
+    for name, tensor in own.items():
+        if not parts and name in tensors and tensors[name].shape != tensor.shape:
+            shapes = f"{tuple(tensors[name].shape)}, in the model {tuple(tensor.shape)}"
+            parts.append(f"the shape of {name} is {shapes}")
+    return ", and ".join(parts)
+
+
+def _place(tensor: Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+    """The same for tied tensors, of which safetensors stores one."""
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
+
+
+def _few(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+    return ", ".join(names[:2]) + more

@@ -32,6 +32,10 @@ def _mean(name: str, write: Callable[[float | None], str]) -> Callable[[Statisti
     return lambda statistic: write(statistic.means[name])
 
 
+def _time(name: str) -> Callable[[Statistic], str]:
+    return lambda statistic: figures.estimated(statistic.times[name], figures.seconds)
+
+
 def _ratio(name: str) -> Callable[[Statistic], str]:
     return lambda statistic: figures.ratio(statistic.ratios[name])
 
@@ -40,7 +44,7 @@ def _to_target(statistic: Statistic) -> str:
     found, every = statistic.to_target, statistic.num_seeds
     if found is None:
         return "never"
-    time = figures.seconds(found.mean)
+    time = figures.estimated(found, figures.seconds)
     return time if every == 1 else f"{time} ({found.num} of {every})"
 
 
@@ -70,11 +74,11 @@ def _columns(statistics: Sequence[Statistic], target: float | None = None) -> li
         _Column(title="Mbit sent", cell=_mean("bits_sent", figures.megabits), rank=0),
         _Column(title="fewer bits", cell=_ratio("bits_sent"), rank=1 if target is None else 4),
         _Column(title="messages", cell=_mean("messages", figures.count), rank=7),
-        _Column(title="computing s", cell=_mean("compute_s", figures.seconds), rank=5),
-        _Column(title="waiting s", cell=_mean("wait_s", figures.seconds), rank=6),
+        _Column(title="computing s", cell=_time("compute_s"), rank=5),
+        _Column(title="waiting s", cell=_time("wait_s"), rank=6),
         _Column(
             title="wall s",
-            cell=_mean("wall_s", figures.seconds),
+            cell=_time("wall_s"),
             rank=3 if target is None else 2,
         ),
         _Column(title="less time", cell=_ratio("wall_s"), rank=4),

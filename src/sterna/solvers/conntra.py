@@ -13,25 +13,25 @@ Symbols: L mean cross entropy, V value set, s scale of a tensor, epsilon smalles
 differentiated, so activations may be steps.
 Reference: P. Date, C. D. Carothers, J. E. Mitchell, J. A. Hendler, M. Magdon-Ismail: Training deep
     neural networks with constrained learning parameters. ICRC 2020, arXiv:2009.00540.
-Differs from the paper: only its abstract was at hand: coordinate descent, finite sets, ternary
-    experiments. The start, the scales, the order of the weights, (2), the mini-batches and the
-    incremental evaluation of (1) are ours.
+Differs from the paper: only its abstract was at hand: coordinate descent, finite sets, ternary experiments.
+    The start, scales, order of the weights, (2), mini-batches and incremental evaluation of (1) are ours.
 Cost per step: a step is one weight. With B examples, C classes and |V| values: at the logits and one
     layer below about |V| B (C + |V|) multiply-adds and |V| |V| B exponentials, and C B of them where the
     weight is changed; further below |V| B times the weights of the layers between. Every value of
     every layer is held in float64. It hurts with depth, with millions of weights, and with few examples
-    for many weights, which it overfits. Convolutions are not searched.
+    for many weights, which it overfits. Only the linear layers at the end are searched.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from sterna.seams import Source
-from sterna.solvers.conntra_kernels import Chain, Evaluation, Searched, check_targets
+from sterna.solvers.conntra_chain import Chain
+from sterna.solvers.conntra_kernels import Evaluation, Searched, check_targets
 from sterna.value_sets import TERNARY, Grids, Sets, ValueSet, check_sets
 
 
@@ -47,6 +47,7 @@ class CoNNTrAReport:
         trials: values tried, the current ones left out.
         converged: a pass changed nothing.
         grids: the values that each searched parameter may take, scale included.
+        left: weights that stayed float though one set was for all; the reason goes on from the name.
     """
 
     float_loss: float
@@ -56,6 +57,7 @@ class CoNNTrAReport:
     trials: int
     converged: bool
     grids: Grids
+    left: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +65,8 @@ class CoNNTrA:
     """Coordinate descent over finite value sets, from a trained float network.
 
     Args:
-        sets: the values that weights may take: one set for all weights, or pairs of a pattern of
-            parameter names and a set; the first that matches counts, the others stay float.
+        sets: the values that weights may take: one set for all that can be searched, or pairs of a
+            pattern of parameter names and a set; the first that matches counts, the others stay float.
         passes: most passes over all searched weights; at least 1.
         batch_size: examples that a change is judged by; None takes all, and the loss never rises.
         batch_every: weights from one mini-batch to the next; at least 1.
@@ -118,8 +120,8 @@ class CoNNTrA:
         """A copy of ``model`` with its searched weights on their grids, and what was done.
 
         Args:
-            model: classifier that torch.fx can trace; in evaluation mode it must end in linear layers
-                with elementwise functions between them. What is before is left as it is.
+            model: classifier that in evaluation mode ends in a linear layer. It is searched, and if
+                torch.fx can trace the model, so are those before with elementwise functions between.
             data: inputs (examples, ...) and classes (examples,), int64.
             rng: order of the weights, and mini-batches.
             grids: values by parameter, from an earlier report, in place of ``sets``: the search goes on
@@ -127,17 +129,17 @@ class CoNNTrA:
             say: told a line at the end of each pass.
 
         Raises:
-            ValueError: the model is not of that form, a pattern matches nothing, or a parameter cannot
-                be searched; the loss of the rounded network is not finite.
+            ValueError: the model is not of that form; a pattern matches nothing, or what cannot be
+                searched; the loss of the rounded network is not finite.
         """
         batch = data[torch.arange(len(data))]
-        chain = Chain.of(deepcopy(model).double().eval(), "CoNNTrA")
+        chain = Chain.copied(model, batch.inputs, "CoNNTrA")
+        searched, left = Searched.all_of(chain, model, self.sets, grids, "CoNNTrA")
         features = chain.rows(batch.inputs)
         targets = batch.targets.to(features.device)
         check_targets(targets, len(features), len(chain.layers[-1].weight))
         whole = Evaluation.on(chain.layers, features, targets)
         float_loss = whole.loss
-        searched = Searched.all_of(chain, model, self.sets, grids, "CoNNTrA")
         for p in searched:
             p.write_layer(chain.layers)
         whole.refresh()
@@ -146,8 +148,7 @@ class CoNNTrA:
                 f"CoNNTrA: the loss of the rounded network must be finite; got {whole.loss}. Look "
                 "for NaN or infinity in the inputs and in the weights that are not searched."
             )
-        losses, trace, trials = [whole.loss], [whole.loss], 0
-        changes: list[int] = []
+        losses, trace, changes, trials = [whole.loss], [whole.loss], list[int](), 0
         size = min(self.batch_size or len(features), len(features))
         while len(changes) < self.passes and (not changes or changes[-1]):
             changed, at_hand = 0, whole
@@ -179,6 +180,7 @@ class CoNNTrA:
             trials=trials,
             converged=not changes[-1],
             grids={p.name: tuple(p.values) for p in searched},
+            left=left,
         )
 
     def _gains(self, new: float, old: float) -> bool:

@@ -1,9 +1,7 @@
 """What the loss becomes if one weight changes, without running the network again.
 
-`Chain` is the end of a network that can be searched: linear layers with elementwise functions between
-them; what comes before is run once, as features. `Searched` is one of its parameters: codes and grid.
-`Evaluation` holds every layer's values on one batch,
-by unit (unit, example), so that a change of weight (j, i) of layer l reads and writes whole rows:
+`Searched` is a parameter of a `Chain`: codes and grid. `Evaluation` holds every layer's values on one
+batch, by unit (unit, example), so that a change of weight (j, i) of layer l reads and writes whole rows:
 
     z' = z_j + (v - w_ji) h_i,   d = f(z') - f(z_j)                                    (1)
 
@@ -18,160 +16,21 @@ the logits: a change whose slope at d = 0 is not negative cannot lower it, and (
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, fx, nn
 
+from sterna.solvers.conntra_chain import Chain, Layer
 from sterna.value_sets import Grids, Sets, ValueSet, choose, nearest
 
 Rows = Float[Tensor, "units batch"]
 Candidates = Float[Tensor, " candidates"]
 Targets = Int64[Tensor, " batch"]
-Function = Callable[[Tensor], Tensor]
 
-_CHUNK = 1024
 _FAR = 100.0  # exponents up to here keep (2) exact to the last digits in float64
-
-
-@dataclass
-class Layer:
-    """One linear layer: weights (out, in) and bias (out,) in float64, and the function above it."""
-
-    name: str
-    weight: Tensor
-    bias: Tensor | None
-    function: Function = torch.clone
-
-
-@dataclass(frozen=True)
-class Chain:
-    """``features`` maps inputs to rows (example, number); ``layers`` map those to logits."""
-
-    features: fx.GraphModule
-    layers: list[Layer]
-    blocked: str
-
-    @classmethod
-    def of(cls, model: nn.Module, who: str) -> "Chain":
-        """The longest such end of a float64 model in evaluation mode.
-
-        Raises:
-            ValueError: the model cannot be traced, or does not end in a linear layer.
-        """
-        try:
-            graph = _Tracer().trace(model)
-        except Exception as error:
-            raise ValueError(
-                f"{who}: the model must be one that torch.fx can trace; got {type(model).__name__}, "
-                f"which fails with: {error}. Write what is to be searched as an nn.Sequential."
-            ) from error
-        modules = dict(model.named_modules())
-        node = next(n for n in graph.nodes if n.op == "output").args[0]
-        layers: list[Layer] = []
-        start, used = node, set()
-        above: list[fx.Node] = []
-        while isinstance(node, fx.Node) and _continues(node):
-            linear = modules.get(str(node.target)) if node.op == "call_module" else None
-            if isinstance(linear, nn.Linear):
-                device = linear.weight.device
-                function = _function(above[::-1], modules, device) if layers else None
-                if (layers and function is None) or (above and not layers) or linear in used:
-                    break
-                used.add(linear)
-                bias = None if linear.bias is None else linear.bias.detach().clone()
-                layer = Layer(str(node.target), linear.weight.detach().clone(), bias)
-                layer.function = function or layer.function
-                layers.insert(0, layer)
-                start, above = node.all_input_nodes[0], []
-            else:
-                above.append(node)
-            node = node.all_input_nodes[0]
-        blocked = ", ".join(_said(n, modules) for n in above[::-1]) or (
-            _said(node, modules) if isinstance(node, fx.Node) else "its output"
-        )
-        if not layers:
-            raise ValueError(
-                f"{who}: the model must end in an nn.Linear that gives the logits; it ends in "
-                f"{blocked}. Leave a softmax at the end to the loss."
-            )
-        for later in [n for n in reversed(graph.nodes) if n.op != "placeholder"]:
-            if later.op == "output":
-                later.args = (start,)
-            elif not later.users:
-                graph.erase_node(later)
-        return cls(fx.GraphModule(model, graph), layers, blocked)
-
-    def rows(self, inputs: Tensor) -> Tensor:
-        """The features of all examples, shape (example, number), float64.
-
-        Raises:
-            ValueError: they are not of that shape.
-        """
-        device = self.layers[0].weight.device
-        whole = inputs.double() if inputs.is_floating_point() else inputs
-        parts = [self.features(part.to(device)) for part in torch.split(whole, _CHUNK)]
-        found = torch.cat(parts).double()
-        if found.dim() != 2:
-            raise ValueError(
-                "CoNNTrA: the first searched layer must be given inputs of shape (examples, "
-                f"features); got {tuple(found.shape)}. Put an nn.Flatten before it."
-            )
-        return found
-
-
-class _Tracer(fx.Tracer):
-    """Looks into a module only where there is a linear layer inside: activations may be any code."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        inside = any(isinstance(x, nn.Linear) for x in m.modules())
-        return not inside or super().is_leaf_module(m, module_qualified_name)
-
-
-def _continues(node: fx.Node) -> bool:
-    calls = ("call_module", "call_function", "call_method")
-    return node.op in calls and len(node.all_input_nodes) == 1 and len(node.users) == 1
-
-
-def _said(node: fx.Node, modules: Mapping[str, nn.Module]) -> str:
-    if node.op == "call_module":
-        return f"{node.target} ({type(modules[str(node.target)]).__name__})"
-    return "the input" if node.op == "placeholder" else node.name
-
-
-def _always(x: Tensor) -> Callable[[fx.Node], Tensor]:
-    return lambda _: x
-
-
-def _function(
-    nodes: list[fx.Node], modules: Mapping[str, nn.Module], device: torch.device
-) -> Function | None:
-    """The function that the nodes compute one after another; None if it is not elementwise."""
-
-    steps = [(n.op, n.target, (n.args, n.kwargs)) for n in nodes]  # nodes forget when erased
-
-    def run(x: Tensor) -> Tensor:
-        out = x.clone()  # it may be changed in place, or handed back as it is
-        for op, target, arguments in steps:
-            args, kwargs = fx.node.map_arg(arguments, _always(out))
-            if op == "call_module":
-                out = modules[str(target)](*args, **kwargs)
-            elif op == "call_method":
-                out = getattr(args[0], str(target))(*args[1:], **kwargs)
-            elif callable(target):
-                out = target(*args, **kwargs)
-        return out.to(x.dtype)
-
-    # Elementwise: each number has the same result alone as among the others.
-    probe = torch.linspace(-3.1, 3.3, 35, dtype=torch.float64, device=device)
-    try:
-        together, alone = run(probe.view(5, 7)), run(probe.view(35, 1))
-    except Exception:
-        return None
-    same = together.shape == (5, 7) and alone.shape == (35, 1)
-    return run if same and torch.allclose(together.view(-1, 1), alone, 1e-12, 1e-12) else None
 
 
 @dataclass
@@ -199,14 +58,13 @@ class Searched:
     @classmethod
     def all_of(
         cls, chain: Chain, model: nn.Module, sets: Sets, grids: Grids | None, who: str
-    ) -> list["Searched"]:
-        """Every parameter that is to be searched, rounded.
+    ) -> tuple[list["Searched"], dict[str, str]]:
+        """Every parameter that is to be searched, rounded; and the weights that cannot be, with the reason.
 
         Raises:
-            ValueError: one of them cannot be searched or is not finite.
+            ValueError: a named one cannot be searched, or none can; one of them is not finite.
         """
         named = dict(model.named_parameters())
-        counts = Counter(id(x) for _, x in model.named_parameters(remove_duplicate=False))
         unknown = set(grids or ()) - set(named)
         if unknown or grids == {}:
             raise ValueError(
@@ -214,30 +72,31 @@ class Searched:
                 f"{sorted(unknown)[:4] or 'none'}, and the model has {list(named)[:6]}. Give the grids "
                 "that were reported for this model."
             )
-        before = dict(chain.features.named_parameters(remove_duplicate=False))
-        places = {}
-        for k, layer in enumerate(chain.layers):
-            places[f"{layer.name}.weight"] = (k, False)
-            if layer.bias is not None:
-                places[f"{layer.name}.bias"] = (k, True)
+        places = _places(chain)
+        chosen: Mapping[str, ValueSet | tuple[float, ...]] = grids or choose(sets, named, who)
+        left = {name: why for name in chosen if (why := _unfit(name, places, chain, model))}
+        if left and (grids is not None or not isinstance(sets, ValueSet)):
+            name, why = next(iter(left.items()))
+            raise ValueError(
+                f"{who}: every searched parameter must be the weight or bias of one nn.Linear, "
+                f"with only elementwise functions from there to the logits; {name!r} {why}. "
+                f'Name those that are: sets=(("{chain.layers[-1].name}.weight", ValueSet()),).'
+            )
+        if len(left) == len(chosen):
+            name, why = list(left.items())[-1]
+            raise ValueError(f"{who}: no weight can be searched; the last, {name!r}, {why}.")
         found = []
-        for name, values in (grids if grids is not None else choose(sets, named, who)).items():
+        for name, values in chosen.items():
+            if name in left:
+                continue
             x = named[name].detach()
-            shared = counts[id(named[name])] > 1 or name in before
-            if name not in places or shared:
-                why = "is shared" if name in places else f"does not lie above {chain.blocked}"
-                raise ValueError(
-                    f"{who}: every searched parameter must be the weight or bias of one nn.Linear, "
-                    f"with only elementwise functions from there to the logits; {name!r} {why}. "
-                    f'Name those that are: sets=(("{chain.layers[-1].name}.weight", ValueSet()),).'
-                )
             if isinstance(values, ValueSet):
                 codes, grid = values.round(x, name)
             else:
                 grid = x.new_tensor(sorted(values))
                 codes = nearest(x, grid)
             found.append(cls(name, *places[name], codes.flatten().tolist(), grid.double()))
-        return found
+        return found, left
 
     def place(self, position: int, layers: list[Layer]) -> tuple[int, int, int]:
         """Layer, row and column of a flat position; column -1 for a bias."""
@@ -380,6 +239,36 @@ class Evaluation:
                 self.refresh(layer + 2)
                 return
         self._finish()
+
+
+def _places(chain: Chain) -> dict[str, tuple[int, bool]]:
+    """By parameter, the layer it is of and whether it is a bias."""
+    places = {}
+    for k, layer in enumerate(chain.layers):
+        prefix = f"{layer.name}." if layer.name else ""
+        places[f"{prefix}weight"] = (k, False)
+        if layer.bias is not None:
+            places[f"{prefix}bias"] = (k, True)
+    return places
+
+
+def _unfit(name: str, places: Mapping[str, object], chain: Chain, model: nn.Module) -> str:
+    """Why a parameter cannot be searched, to follow its name; empty if it can."""
+    counts = Counter(id(x) for _, x in model.named_parameters(remove_duplicate=False))
+    owner, made, _ = f".{name}".partition(".parametrizations.")
+    if made:
+        return (
+            f"is a part of what {owner[1:] or 'the model'} makes its weight of; first remove that with "
+            "torch.nn.utils.parametrize.remove_parametrizations"
+        )
+    if name in places:
+        graph = isinstance(chain.features, fx.GraphModule)
+        before = dict(chain.features.named_parameters(remove_duplicate=False)) if graph else {}
+        return "is shared" if counts[id(model.get_parameter(name))] > 1 or name in before else ""
+    kind = type(model.get_submodule(name.rpartition(".")[0]))
+    if not issubclass(kind, nn.Linear):
+        return f"is of {kind.__name__}, and only nn.Linear is searched"
+    return f"does not lie above {chain.blocked}"
 
 
 def check_targets(targets: Tensor, num: int, classes: int) -> None:

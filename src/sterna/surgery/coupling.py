@@ -29,7 +29,7 @@ from torch.fx import Node
 
 from sterna.surgery.labels import Along, Book, Labels, Traced
 from sterna.surgery.operators import NORMS, RULES, STATES
-from sterna.surgery.program import TORCH, arguments, program
+from sterna.surgery.program import TORCH, arguments, multiply_adds, program
 from sterna.surgery.rules import Site, settle, tensors, unknown
 
 Unit: TypeAlias = tuple[str, int]
@@ -115,11 +115,11 @@ def couple(model: nn.Module, example: Tensor | tuple[Any, ...]) -> Coupling:
 
     Args:
         model: any module whose forward `torch.export` can follow.
-        example: an input, or a tuple of positional arguments, on the model's device. Shapes count,
-            values do not.
+        example: an input, or a tuple of positional arguments, on the model's device. Shapes count;
+            of the values only that the model runs on them.
 
     Raises:
-        Refused: the model cannot be traced, or is quantised or scripted.
+        Refused: the model cannot be traced, does not run, or is quantised or scripted.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -136,7 +136,7 @@ class _Tracing:
     """One walk over the graph; then groups."""
 
     def __init__(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self.model, self.book = model, Book()
+        self.model, self.inputs, self.book = model, inputs, Book()
         self.program = program(model, inputs)
         self.modules = dict(model.named_modules(remove_duplicate=False))
         first: dict[int, str] = {}
@@ -194,6 +194,7 @@ class _Tracing:
             return None
         kwargs: Any = torch.fx.node.map_arg(node.kwargs, values.get)
         site = self.site(node, shapes)
+        self.book.where = site.where if site.stock else f"{site.name} in {site.where}"
         if isinstance(target, torch._ops.OpOverload):
             args = [
                 args[k] if k < len(args) else kwargs.get(a.name, a.default_value)
@@ -287,16 +288,21 @@ class _Tracing:
                 name += "'"
             groups[name] = Group(name=name, size=len(roots), slices=slices)
             unit |= {root: (name, k) for k, root in enumerate(roots)}
+        for name, why in self.tied(groups).items():
+            fixed.setdefault(name, why)
+            del groups[name]
+        unit = {root: (name, k) for root, (name, k) in unit.items() if name in groups}
 
         def units(labels: Labels) -> tuple[Unit | None, ...]:
             return tuple(unit.get(int(root)) for root in self.book.roots(labels))
 
+        first = {module: path for path, module in reversed(self.modules.items())}
         unreached = [name for name, _ in self.model.named_parameters() if name not in self.known]
         return Coupling(
             groups=groups,
             fixed={name: why for name, why in fixed.items() if name not in groups},
             unreached=tuple(unreached),
-            multiply_adds=self.book.multiply_adds,
+            multiply_adds=multiply_adds(self.model, self.inputs),
             widths=tuple(
                 Width(
                     module=s.path, attribute=s.attribute, units=units(s.labels), guessed=s.guessed
@@ -310,11 +316,27 @@ class _Tracing:
                 if u is not None
             },
             recurrent={
-                path: tuple(units(labels) for labels in layers)
+                first[self.modules[path]]: tuple(units(labels) for labels in layers)
                 for path, layers in self.book.recurrent.items()
             },
             states=tuple(None if x is None else _layers(x, units) for x in self.outputs),
         )
+
+    def tied(self, groups: Mapping[str, Group]) -> dict[str, str]:
+        """Groups that are one unit of several channels, and what makes them one."""
+        labels: dict[str, Labels] = {}
+        for name, group in groups.items():
+            part, along = group.slices[0], self.known[group.slices[0].parameter].along
+            if group.size == 1 and min(len(s.index[0]) for s in group.slices) > 1:
+                found = along[part.dim]
+                if found is not None:
+                    labels[name] = found[list(part.index[0])]
+        if not labels:
+            return {}
+        return {
+            name: f"its units are tied to each other by {' and '.join(by[:3])}"
+            for name, by in zip(labels, self.book.tied_by(labels.values()), strict=True)
+        }
 
     def slice(self, key: tuple[str, int], index: list[list[int]]) -> Slice:
         """One slice with its role."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sterna.randomness import generator
 from sterna.surgery.coupling import couple
 from sterna.surgery.description import Description, Report, resize
-from sterna.surgery.program import Refused, arguments, copied
+from sterna.surgery.program import Refused, arguments, copied, multiply_adds, not_running
 from sterna.surgery.proof import compare, distance, outputs
 
 _SCALES = (1.0, 30.0, 1000.0)
@@ -68,7 +68,8 @@ def remove_blocks(model: nn.Module, example: Tensor | tuple[Any, ...]) -> tuple[
     description = Description(replaced=replaced)
     small = resize(model, description)
     modes = {name: module.training for name, module in small.named_modules()}
-    found = outputs(small.eval(), inputs)
+    with not_running(model, replaced):
+        found = outputs(small.eval(), inputs)
     wrong = compare(found, expected)
     if wrong:
         names = " and ".join(map(repr, replaced))
@@ -79,7 +80,7 @@ def remove_blocks(model: nn.Module, example: Tensor | tuple[Any, ...]) -> tuple[
         parameters_before=sum(p.numel() for p in model.parameters()),
         parameters_after=sum(p.numel() for p in small.parameters()),
         multiply_adds_before=before,
-        multiply_adds_after=couple(small, example).multiply_adds,
+        multiply_adds_after=multiply_adds(small, inputs),
         widths={},
         replaced=replaced,
         difference=max((distance(a, b) for a, b in zip(found, expected, strict=True)), default=0.0),

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
@@ -117,35 +117,40 @@ def resize(model: nn.Module, description: Description) -> nn.Module:
         >>> small
         Linear(in_features=4, out_features=2, bias=True)
     """
-    model = copied(model)
+    instead: dict[nn.Module, nn.Module] = {}
     for path, kind in description.replaced.items():
         if kind not in _BLOCKS:
             raise ValueError(f"resize: replaced must be one of {sorted(_BLOCKS)}; got {kind!r}.")
-        _place(model, path, _BLOCKS[kind]())
+        instead[_module(model, path)] = _BLOCKS[kind]()
     for path, widths in description.stacks.items():
         layer = _module(model, path)
         if not isinstance(layer, nn.RNNBase):
             raise _unfit(
                 model, f"{path} is {type(layer).__name__}, and an LSTM, GRU or RNN is needed"
             )
-        _place(model, path, RecurrentStack(layer, tuple(widths)))
+        instead[layer] = RecurrentStack(layer, tuple(widths))
+    model = copied(model, instead)
     for name, shape in description.shapes.items():
         _resize_one(model, name, tuple(shape))
     for path, changed in description.attributes.items():
         module = _module(model, path)
         for attribute, value in changed.items():
+            if type(vars(module).get(attribute)) is not int or type(value) is not int:
+                raise _unfit(
+                    model,
+                    f"{path or 'the model'} ({type(module).__name__}) has no whole number "
+                    f"{attribute!r} that could be {value!r}",
+                )
             setattr(module, attribute, value)
     for name in description.shapes:
         _agree(_module(model, name.rpartition(".")[0]))
+    pairs: dict[nn.Module, nn.Module] = {}
     for path, (rank, form) in description.factored.items():
         layer = _module(model, path)
         if not isinstance(layer, nn.Conv2d | nn.Linear):
             raise _unfit(model, f"{path} is {type(layer).__name__}, and cannot be factored")
-        if not path:
-            model = factorise(layer, rank, form)
-        else:
-            _place(model, path, factorise(layer, rank, form))
-    return model
+        pairs[layer] = factorise(layer, rank, form)
+    return copied(model, pairs) if pairs else model
 
 
 def save(model: nn.Module, description: Description, path: Path) -> None:
@@ -170,27 +175,46 @@ def save(model: nn.Module, description: Description, path: Path) -> None:
 
 
 def load(original: nn.Module, path: Path) -> nn.Module:
-    """The shrunk model of a file that `save` wrote, on the original's device.
+    """The shrunk model of a file that `save` wrote, on the original's device, number for number.
 
     Args:
-        original: freshly built by the user's own code, in the original sizes; it is not changed.
+        original: freshly built by the user's own code, in the original sizes and in the type of the
+            saved numbers; it is not changed.
         path: the file.
 
     Raises:
-        ValueError: the file holds no description, or one that does not fit the original.
+        ValueError: the file is damaged, or holds no description, or one that does not fit the original;
+            or its numbers are of another type than the original's, since casting would change them.
     """
-    with safe_open(path, framework="pt") as file:
-        header = (file.metadata() or {}).get(_KEY)
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = (file.metadata() or {}).get(_KEY)
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(
+            f"load: {path} is not a safetensors file, or not a whole one: {str(error).rstrip('.')}. Copy "
+            "the file again, or save the model again."
+        ) from error
     if header is None:
         raise ValueError(
             f"load: {path} holds no description of a shrunk model. A file of plain weights loads with "
             "model.load_state_dict(safetensors.torch.load_file(path))."
         )
-    plain = json.loads(header)
-    if plain.pop("version", None) != _VERSION:
+    try:
+        plain = json.loads(header)
+        version = plain.pop("version", None)
+        description = _read(plain) if version == _VERSION else Description()
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"load: the description in {path} must be one of save; reading it gave {error!r}. Save the "
+            "model again."
+        ) from error
+    if version != _VERSION:
         raise ValueError(f"load: {path} was written by another version; expected {_VERSION}.")
-    model = resize(original, _read(plain))
-    tensors = load_file(path)
+    try:
+        model = resize(original, description)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"load: {path}: {str(error).removeprefix('resize: ')}") from error
     seen: set[int] = set()
     for name, tensor in named(model).items():
         if id(tensor) in seen:
@@ -200,6 +224,11 @@ def load(original: nn.Module, path: Path) -> nn.Module:
         if value is None or value.shape != tensor.shape:
             found = "nothing" if value is None else f"shape {tuple(value.shape)}"
             raise _unfit(original, f"{name} has shape {tuple(tensor.shape)}, the file has {found}")
+        if value.dtype != tensor.dtype:
+            raise ValueError(
+                f"load: {name} is {value.dtype} in {path} and {tensor.dtype} in the model. Build the "
+                f"original in the type of the file: original.to({value.dtype})."
+            )
         tensor.data.copy_(value)
     if tensors:
         raise _unfit(original, f"the file also holds {sorted(tensors)[0]}, which the model lacks")
@@ -207,12 +236,22 @@ def load(original: nn.Module, path: Path) -> nn.Module:
 
 
 def _read(plain: dict[str, Any]) -> Description:
+    """What `save` wrote; an error of any kind where it is something else."""
+
+    def whole(value: Any) -> int:
+        if type(value) is not int or value < 0:
+            raise TypeError(f"{value!r} is not a whole number")
+        return value
+
     return Description(
-        shapes={k: tuple(v) for k, v in plain["shapes"].items()},
-        attributes=plain["attributes"],
-        stacks={k: tuple(v) for k, v in plain["stacks"].items()},
-        replaced=plain["replaced"],
-        factored={k: (rank, form) for k, (rank, form) in plain.get("factored", {}).items()},
+        shapes={k: tuple(map(whole, v)) for k, v in plain["shapes"].items()},
+        attributes={
+            path: {k: whole(v) for k, v in changed.items()}
+            for path, changed in plain["attributes"].items()
+        },
+        stacks={k: tuple(map(whole, v)) for k, v in plain["stacks"].items()},
+        replaced={k: str(v) for k, v in plain["replaced"].items()},
+        factored={k: (whole(n), form) for k, (n, form) in plain.get("factored", {}).items()},
     )
 
 
@@ -236,21 +275,13 @@ def _module(model: nn.Module, path: str) -> nn.Module:
         raise _unfit(model, f"it has no module {path!r}") from error
 
 
-def _place(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Put a module into every place where the one at ``path`` stands."""
-    old = _module(model, path)
-    module.train(old.training)
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if child is old:
-                setattr(parent, name, module)
-
-
 def _resize_one(model: nn.Module, name: str, shape: tuple[int, ...]) -> None:
     path, _, leaf = name.rpartition(".")
     old = getattr(_module(model, path), leaf, None)
     if not isinstance(old, Tensor):
         raise _unfit(model, f"it has no parameter or buffer {name!r}")
+    if len(shape) != old.dim():
+        raise _unfit(model, f"{name} has {old.dim()} dimensions, and {shape} {len(shape)}")
     new: Tensor = old.detach().new_zeros(shape)
     if isinstance(old, nn.Parameter):
         new = nn.Parameter(new, requires_grad=old.requires_grad)

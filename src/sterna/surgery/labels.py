@@ -59,7 +59,8 @@ class Book:
 
     ``reads``: labels of weight columns that multiply a unit's value. ``makes``: of rows that make one; a
     shared weight may do both. ``carries``: labels of weights whose
-    being zero says nothing about the value, as a convolution's in front of a batch norm.
+    being zero says nothing about the value, as a convolution's in front of a batch norm. ``where``: the
+    operator at hand; ``merges``: what was merged, and where.
     """
 
     parent: list[int] = field(default_factory=list)
@@ -70,7 +71,8 @@ class Book:
     sizes: list[Size] = field(default_factory=list)
     recurrent: dict[str, tuple[Labels, ...]] = field(default_factory=dict)
     views: list[tuple[Labels, str]] = field(default_factory=list)
-    multiply_adds: int = 0
+    where: str = ""
+    merges: list[tuple[Labels, Labels, str]] = field(default_factory=list)
 
     def fresh(self, count: int) -> Labels:
         """New labels, each alone."""
@@ -94,6 +96,7 @@ class Book:
     def merge(self, a: Labels, b: Labels) -> Labels:
         """One unit of a[i] and b[i], for each i; labels broadcast."""
         wide, other = np.broadcast_arrays(a, b)
+        self.merges.append((wide, other, self.where))
         for x, y in zip(wide.reshape(-1), other.reshape(-1), strict=True):
             low, high = sorted((self.root(int(x)), self.root(int(y))))
             if low != high:
@@ -139,6 +142,29 @@ class Book:
         rows = labels.reshape(count, -1)
         self.merge(rows, rows[:, :1])
         return rows[:, 0]
+
+    def tied_by(self, several: Iterable[Labels]) -> list[list[str]]:
+        """For labels that are one unit now, where they became fewer: the merges are gone through again."""
+        again = Book(parent=list(range(len(self.parent))))
+        found: list[list[str]] = []
+        member: dict[int, set[int]] = {}  # of a root, which of ``several`` it stands for
+        for num, labels in enumerate(several):
+            found.append([])
+            for label in labels.tolist():
+                member.setdefault(label, set()).add(num)
+        for a, b, where in self.merges:
+            for x, y in zip(a.reshape(-1).tolist(), b.reshape(-1).tolist(), strict=True):
+                low, high = sorted((again.root(x), again.root(y)))
+                if low == high:
+                    continue
+                again.parent[high] = low
+                mine, other = member.get(low, set()), member.pop(high, set())
+                for num in mine & other:
+                    if where not in found[num]:
+                        found[num].append(where)
+                if mine or other:
+                    member[low] = mine | other
+        return found
 
 
 def blocks(

@@ -25,7 +25,6 @@ Cost: one decomposition in float64 on the CPU per layer, cubic in the smaller si
     small operations are slower than one large: time it; and without fine-tuning the accuracy.
 """
 
-import copy
 import math
 import warnings
 from collections import Counter
@@ -34,12 +33,18 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple, get_args
 
-import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._pytree import tree_leaves
 
-from sterna.randomness import isolated
+from sterna.multiply_adds import counted
 from sterna.surgery.factorise import Factors, Form, Layer, decomposed, pair
+from sterna.surgery.program import (
+    Refused,
+    arguments,
+    copied,
+    not_running,
+    refuse_converted,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +100,7 @@ class LowRankReport:
 
 def low_rank(
     model: nn.Module,
-    example: Tensor | tuple[Tensor, ...],
+    example: Tensor | tuple[Any, ...],
     *,
     ranks: Mapping[str, int] | None = None,
     variance: float | None = None,
@@ -112,8 +117,9 @@ def low_rank(
 
     Args:
         model: stays as it is.
-        example: inputs, each of shape (batch, ...), on the model's device. Both models are run on them in
-            evaluation mode, to count and to see that they run.
+        example: an input, or a tuple of positional arguments, on the model's device; the first tensor in
+            it has shape (batch, ...). Both models are run on them in evaluation mode, to count and to
+            see that they run, and that what was replaced does not.
         ranks: by name of layer; other layers are left out.
         variance: share to keep in each layer, in (0, 1].
         multiply_adds: share of the model's multiply-adds that may be left over, in (0, 1).
@@ -126,17 +132,20 @@ def low_rank(
         The new model, in the old one's mode, and what was done. Warns if no layer was replaced.
 
     Raises:
+        Refused: the model is quantised or scripted, or cannot be copied, or a replaced layer still runs.
         ValueError: an argument is out of range, a name or pattern is not in the model, a weight is not
             finite, the target cannot be met, or a model does not run on ``example``.
 
     Example:
+        >>> import torch
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
         >>> small, report = low_rank(model, torch.zeros(1, 64), ranks={"0": 8})
         >>> report.multiply_adds_before, report.multiply_adds_after, report.ranks
         (4736, 1664, {'0': 8})
     """
     _check(ranks, variance, multiply_adds, form, multiple_of)
-    edited = copy.deepcopy(model)
+    refuse_converted(model)
+    edited = copied(model)
     named = _named_layers(edited, ranks, layers, exclude)
     obstacles = {name: _obstacle(edited, name, layer) for name, layer in named.items()}
     before, positions = _run(edited, example, named.values())
@@ -152,8 +161,9 @@ def low_rank(
     elif variance is not None:
         chosen = {name: c.rounded(c.keeping(variance)) for name, c in candidates.items()}
     else:
-        chosen = _within(candidates, before, multiply_adds or 0.0)
-    cuts, pairs = [], {}
+        chosen = _within(candidates, before, multiply_adds or 0.0, obstacles)
+    cuts: list[LayerCut] = []
+    pairs: dict[nn.Module, nn.Module] = {}
     for name, layer in named.items():
         cut = _left(name, layer, positions[layer], obstacles[name])
         if name in chosen:
@@ -174,13 +184,13 @@ def low_rank(
     if not pairs:
         reasons = "; ".join(f"{cut.name}: {cut.left}" for cut in cuts) or "there is no such layer"
         warnings.warn(f"low_rank: no layer was replaced. {reasons}.", stacklevel=2)
-    parameters = _count(edited)
-    edited = _replaced(edited, pairs)
-    after, _ = _run(edited, example, ())
-    return edited, LowRankReport(
+    small = copied(edited, pairs)
+    with not_running(edited, [cut.name for cut in cuts if cut.rank is not None]):
+        after, _ = _run(small, example, ())
+    return small, LowRankReport(
         layers=tuple(cuts),
-        parameters_before=parameters,
-        parameters_after=_count(edited),
+        parameters_before=_count(edited),
+        parameters_after=_count(small),
         multiply_adds_before=before,
         multiply_adds_after=after,
     )
@@ -216,7 +226,9 @@ def _given(name: str, candidate: _Candidate, rank: int) -> int:
     return candidate.rounded(rank)
 
 
-def _within(candidates: Mapping[str, _Candidate], before: int, share: float) -> dict[str, int]:
+def _within(
+    candidates: Mapping[str, _Candidate], before: int, share: float, obstacles: Mapping[str, str]
+) -> dict[str, int]:
     """Ranks that fit ``share`` of the multiply-adds: directions of most variance a multiply-add first."""
     others = before - sum(c.dense for c in candidates.values())
     worth = {name: c.factors.variance / c.price for name, c in candidates.items()}
@@ -229,10 +241,11 @@ def _within(candidates: Mapping[str, _Candidate], before: int, share: float) -> 
 
     smallest = cost(ranks_from(math.inf))
     if smallest > share * before:
+        left = "; ".join(f"{name}: {why}" for name, why in obstacles.items() if why)
         raise ValueError(
             f"low_rank: multiply_adds={share!r} cannot be met: with every rank at its smallest, "
             f"{smallest / before:.4f} of the {before} multiply-adds are left. Ask for that or more, cut "
-            "more layers, or make the model narrower."
+            "more layers, or make the model narrower." + (f" Left alone: {left}." if left else "")
         )
     levels = sorted({float(x) for w in worth.values() for x in w}, reverse=True)
     low, high = 0, len(levels)  # the first ``low`` levels fit, ``high`` + 1 would not
@@ -260,11 +273,12 @@ def _candidate(
 
 
 def _run(
-    model: nn.Module, example: Tensor | tuple[Tensor, ...], layers: Iterable[nn.Module]
+    model: nn.Module, example: Tensor | tuple[Any, ...], layers: Iterable[nn.Module]
 ) -> tuple[int, dict[nn.Module, tuple[int, int]]]:
     """Multiply-adds of one example, and for each layer its positions, behind and before its width."""
-    inputs = example if isinstance(example, tuple) else (example,)
-    num = len(inputs[0]) if inputs and inputs[0].dim() else 0
+    inputs = arguments(example)
+    tensors = [x for x in tree_leaves(inputs) if isinstance(x, Tensor)]
+    num = len(tensors[0]) if tensors and tensors[0].dim() else 0
     if not num:
         raise ValueError(
             f"low_rank: example must hold inputs of shape (batch, ...), at least one; got {example!r}."
@@ -278,14 +292,13 @@ def _run(
         first, second = positions[layer]
         positions[layer] = (first + at // num, second + before // num)
 
-    modes = {module: module.training for module in model.modules()}
     hooks = [layer.register_forward_hook(note, with_kwargs=True) for layer in positions]
     try:
-        model.eval()
-        with isolated(0, "low_rank"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model(*inputs)
-    except (RuntimeError, AttributeError, TypeError, ValueError, IndexError) as error:
-        shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
+        total = counted(model, inputs)[""]
+    except Refused:
+        raise
+    except (RuntimeError, AttributeError, TypeError, ValueError, LookupError) as error:
+        shapes = ", ".join(str(tuple(x.shape)) for x in tensors)
         hint = (
             "" if positions else " If a module reads a layer's weight itself, exclude that layer."
         )
@@ -295,9 +308,7 @@ def _run(
     finally:
         for hook in hooks:
             hook.remove()
-        for module, training in modes.items():
-            module.training = training
-    return int(counter.get_total_flops()) // 2 // num, positions
+    return total // num, positions
 
 
 def _named_layers(
@@ -358,16 +369,6 @@ def _left(name: str, layer: Layer, positions: tuple[int, int], why: str) -> Laye
     )
 
 
-def _replaced(model: nn.Module, pairs: Mapping[Any, nn.Module]) -> nn.Module:
-    """``model`` with the pairs in place, under every name that a layer has."""
-    if model in pairs:
-        return pairs[model]
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if module in pairs:
-            model.set_submodule(name, pairs[module])
-    return model
-
-
 def _count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
@@ -395,6 +396,5 @@ def _check(
     if form not in get_args(Form):
         raise ValueError(f"low_rank: form must be 'channel' or 'spatial'; got {form!r}.")
     if not (isinstance(multiple_of, int) and multiple_of >= 1):
-        raise ValueError(
-            f"low_rank: multiple_of must be a whole number, at least 1; got {multiple_of!r}."
-        )
+        must = "multiple_of must be a whole number, at least 1"
+        raise ValueError(f"low_rank: {must}; got {multiple_of!r}.")

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
-from sterna.randomness import isolated
-from sterna.surgery.program import TORCH
+from sterna.randomness import generator, isolated
+from sterna.surgery.program import TORCH, copied
 
 
 class Differs(Exception):
@@ -20,6 +21,74 @@ def outputs(model: nn.Module, inputs: tuple[Any, ...]) -> list[Any]:
     """All outputs of a model in one list; the inputs and global random state stay as they are."""
     with torch.no_grad(), isolated(0, "shrink"):
         return _leaves(model(*deepcopy(inputs)))
+
+
+def noise_like(inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Random floats of the inputs' shapes, the rest as it is; None where there are no floats."""
+    rng, found = generator(0, "proof"), False
+
+    def random(x: Any) -> Any:
+        nonlocal found
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            return x
+        found = True
+        return torch.randn(x.shape, generator=rng, dtype=torch.float32).to(x)
+
+    noise = tree_map(random, inputs)
+    return noise if found else None
+
+
+def finite(values: list[Any]) -> bool:
+    """Whether all numbers are."""
+    return all(bool(x.isfinite().all()) for x in values if isinstance(x, Tensor))
+
+
+def trains(small: nn.Module, original: nn.Module, inputs: tuple[Any, ...]) -> str:
+    """Why a model does not run in training mode where its original does; empty if it runs.
+
+    Copies run, so statistics stay. Where the original does not train on the example, the example is
+    taken twice: a batch norm may want more than one.
+    """
+    for some in (inputs, tree_map(_twice, inputs)):
+        why = _training_error(small, some)
+        if not why:
+            return ""
+        if not _training_error(original, some):
+            return why
+    return ""
+
+
+def _twice(x: Any) -> Any:
+    return torch.cat([x, x]) if isinstance(x, Tensor) and x.dim() else x
+
+
+def _training_error(model: nn.Module, inputs: tuple[Any, ...]) -> str:
+    copy = copied(model).train()
+    inside: list[str] = []
+    names = {module: name for name, module in copy.named_modules()}
+
+    def enter(module: nn.Module, _: Any) -> None:
+        inside.append(names[module])
+
+    def leave(*_: Any) -> None:
+        inside.pop()
+
+    for module in names:
+        module.register_forward_pre_hook(enter)
+        module.register_forward_hook(leave)
+    try:
+        outputs(copy, inputs)
+    except Exception as error:
+        name = inside[-1] if inside else ""
+        kind = type(copy.get_submodule(name)).__name__
+        (first, *_) = str(error).splitlines() or [type(error).__name__]
+        return (
+            f"in training mode the smaller model does not run in {f'{name!r} ({kind})' if name else kind}: "
+            f"{first.rstrip('.')}. In evaluation mode the example does not reach all that reads these "
+            "units, so that part keeps its size, as an auxiliary head does. Leave these units as they "
+            "are, or take that part out of the model first"
+        )
+    return ""
 
 
 def compare(after: list[Any], masked: list[Any]) -> str:

@@ -7,7 +7,6 @@ Reference: W. Wen, Y. He, S. Rajbhandari, M. Zhang, W. Wang, F. Liu, B. Hu, Y. C
     Intrinsic Sparse Structures within Long Short-Term Memory", ICLR 2018, arXiv:1709.05027.
 """
 
-from math import prod
 from typing import Any
 
 import numpy as np
@@ -83,8 +82,6 @@ def recurrent(
     for state in states:
         _states(site, state, stacked)
     site.book.recurrent[site.path] = tuple(stacked)
-    steps = prod(x.shape[:-1])
-    site.book.multiply_adds += steps * sum(prod(w.shape) for w in params if len(w.shape) == 2)
     outs = [Traced(shape=site.shape, along=(*(None,) * (len(site.shape) - 1), width))]
     for shape in site.shapes[1:]:
         head = (None,) * (len(shape) - 1)
@@ -104,6 +101,5 @@ def cell(site: Site, x: Traced, first: Any, *params: Traced | None) -> Any:
         return unknown(site, x)
     for state in list(first) if isinstance(first, list | tuple) else [first]:
         _states(site, state, [units])
-    site.book.multiply_adds += prod(x.shape[:-1]) * sum(prod(w.shape) for w in given[:2])
     outs = [Traced(shape=s, along=(*(None,) * (len(s) - 1), units)) for s in site.shapes]
     return outs[0] if len(outs) == 1 else outs

@@ -161,8 +161,6 @@ def convolution(site: Site, x: Traced, w: Traced, b: Traced | None = None, *rest
         site.tie(b.along[0], out)
     if site.covered:
         site.book.carry(out if groups == 1 else None, b.along[0] if b is not None else None)
-    reach = prod(x.shape) if transposed else prod(site.shape)
-    site.book.multiply_adds += reach * prod(w.shape[1:])
     along = list(x.along)
     along[axis:] = [out] + [None] * (len(x.shape) - axis - 1)
     return site.out(*along)
@@ -178,7 +176,6 @@ def linear(site: Site, x: Traced, w: Traced, b: Traced | None = None) -> Traced:
         site.tie(w.along[0], b.along[0])
     if site.covered:
         site.book.carry(w.along[0], b.along[0] if b is not None else None)
-    site.book.multiply_adds += prod(site.shape) * x.shape[-1]
     return site.out(*x.along[:-1], w.along[0])
 
 
@@ -197,7 +194,6 @@ def matmul(site: Site, a: Traced, b: Traced) -> Traced:
         site.book.make(b.along[-1] if b.parameter else a.along[-2])
     else:
         site.pin(inner, f"{site.name} sums over it without a weight")
-    site.book.multiply_adds += prod(site.shape) * a.shape[-1]
     batch = replace(site, shapes=(site.shape[:-2],))
     ahead = [Traced(shape=x.shape[:-2], along=x.along[:-2]) for x in (a, b)]
     return site.out(*elementwise(batch, *ahead).along, a.along[-2], b.along[-1])
@@ -210,7 +206,6 @@ def attention(site: Site, q: Traced, k: Traced, v: Traced, *rest: Any) -> Traced
     batch = replace(site, shapes=(site.shape[:-2],))
     ahead = [Traced(shape=x.shape[:-2], along=x.along[:-2]) for x in (q, k, v)]
     mask = [Traced(shape=x.shape[:-2], along=x.along[:-2]) for x in tensors(rest)]
-    site.book.multiply_adds += prod(q.shape[:-1]) * k.shape[-2] * (q.shape[-1] + v.shape[-1])
     return site.out(*elementwise(batch, *ahead, *mask).along, None, v.along[-1])
 
 

@@ -6,8 +6,9 @@
     so y' = y where the removed units were not read, or where their value was zero
 
 The smaller model is the user's own class with smaller parameters; nothing of ours stays in it, but for a
-`RecurrentStack` where the layers of an LSTM end with different widths. Its output on the example is
-compared with (1) every time, and a difference refuses the edit.
+`RecurrentStack` where the layers of an LSTM end with different widths. Its output on the example, and on
+random numbers in its place, is compared with (1) every time, and a difference refuses the edit. So does a
+model that no longer runs in training mode where the original does.
 
 Reference: structured sparsity that this makes use of: W. Wen, C. Wu, Y. Wang, Y. Chen, H. Li, "Learning
     Structured Sparsity in Deep Neural Networks", NIPS 2016, arXiv:1608.03665; for LSTMs
@@ -20,6 +21,7 @@ Cost: two traces and a handful of forward passes, on copies. Hurts where units w
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -30,7 +32,16 @@ from sterna.surgery.choice import Keep, Kept, chosen_units, family
 from sterna.surgery.coupling import Coupling, Unit, couple
 from sterna.surgery.description import Description, Report, named, resize
 from sterna.surgery.program import Refused, arguments, copied
-from sterna.surgery.proof import Differs, compare, distance, outputs, said
+from sterna.surgery.proof import (
+    Differs,
+    compare,
+    distance,
+    finite,
+    noise_like,
+    outputs,
+    said,
+    trains,
+)
 from sterna.surgery.shrink_lstm import renamed
 
 Example: TypeAlias = Tensor | tuple[Any, ...]
@@ -54,8 +65,8 @@ def shrink(
         The smaller model, in the original's mode (training or evaluation), and what was done.
 
     Raises:
-        Refused: the model cannot be traced; a named group cannot shrink; the smaller model does not run
-            or does not give (1).
+        Refused: the model cannot be traced; a named group cannot shrink; the smaller model does not run,
+            in evaluation or in training mode, or does not give (1).
         ValueError: an unknown group, a unit that does not exist, or ``round_to`` below 1.
 
     Example:
@@ -149,10 +160,16 @@ def _proved(
 ) -> tuple[nn.Module, Description, float]:
     """The smaller model, if it gives (1); guessed attributes are changed only if it does not run."""
     dense = copied(model).eval()
-    before = outputs(dense, inputs)
+    tried = [(inputs, outputs(dense, inputs))]
+    noise = noise_like(inputs)
+    with suppress(Exception):  # a model need not run on numbers that mean nothing
+        tried += [(noise, outputs(dense, noise))] if noise is not None else []
     _mask(dense, coupling, kept)
-    masked = _cut_states(outputs(dense, inputs), coupling, kept)
-    original = _cut_states(before, coupling, kept)
+    proofs = []
+    for given, before in tried:
+        masked = _cut_states(outputs(dense, given), coupling, kept)
+        if given is inputs or finite(masked):
+            proofs.append((given, masked, _cut_states(before, coupling, kept)))
     reasons = []
     for guessed in (False, True):
         if guessed and not any(w.guessed for w in coupling.widths):
@@ -160,18 +177,20 @@ def _proved(
         small, description = _smaller(model, coupling, kept, guessed)
         modes = {name: module.training for name, module in model.named_modules()}
         try:
-            after = outputs(small.eval(), inputs)
+            found = [outputs(small.eval(), given) for given, _, _ in proofs]
         except Exception as error:
             reasons.append(said(error))
             continue
-        wrong = compare(after, masked)
+        pairs = list(zip(found, proofs, strict=True))
+        wrong = next(filter(None, (compare(after, masked) for after, (_, masked, _) in pairs)), "")
+        wrong = wrong or trains(small, model, inputs)
         if wrong:
             reasons.append(wrong)
             continue
         for name, module in small.named_modules():
             module.training = modes.get(name, model.training)
-        pairs = zip(after, original, strict=True)
-        return small, description, max((distance(a, b) for a, b in pairs), default=0.0)
+        apart = zip(found[0], proofs[0][2], strict=True)
+        return small, description, max((distance(a, b) for a, b in apart), default=0.0)
     raise Differs(reasons[0])
 
 

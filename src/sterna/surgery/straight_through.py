@@ -20,7 +20,6 @@ Cost per step: a few passes over the weights beside the ordinary step, as many a
     in memory. (2) is no gradient of anything: weights near a threshold may swing about it.
 """
 
-from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +27,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from sterna.value_sets import TWN, Grids, Sets, ValueSet, check_sets, choose
+from sterna.surgery.program import copied
+from sterna.value_sets import TWN, Grids, Sets, ValueSet, check_sets, choose, require_plain
 
 Weight = Float[Tensor, "*shape"]
 
@@ -75,6 +75,7 @@ def straight_through(
         sets: one set for all weights, or pairs of a pattern of parameter names and its set.
 
     Raises:
+        Refused: the model cannot be copied.
         ValueError: a pattern matches nothing; a parameter is shared by several modules or has a
             parametrization.
 
@@ -87,18 +88,14 @@ def straight_through(
         ('Linear', 3)
     """
     check_sets(sets, "straight_through")
-    out = deepcopy(model)
+    out = copied(model)
     places: dict[int, list[str]] = {}
     for name, x in out.named_parameters(remove_duplicate=False):
         places.setdefault(id(x), []).append(name)
     named = dict(out.named_parameters())
     chosen = choose(sets, named, "straight_through")
+    require_plain(chosen, "straight_through")
     for name, values in chosen.items():
-        if ".parametrizations." in f".{name}":
-            raise ValueError(
-                f"straight_through: every parameter must be one of a plain module; got {name!r}. "
-                "Remove its parametrization first, or leave it out with patterns in sets."
-            )
         if len(places[id(named[name])]) > 1:
             raise ValueError(
                 "straight_through: every parameter must belong to one module; got "
@@ -117,7 +114,7 @@ def settle(model: nn.Module) -> tuple[nn.Module, Grids]:
     Raises:
         ValueError: nothing in the model is trained through its rounding.
     """
-    out, grids = deepcopy(model), {}
+    out, grids = copied(model), {}
     for prefix, module in list(out.named_modules()):
         if not parametrize.is_parametrized(module):
             continue

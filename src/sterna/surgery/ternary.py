@@ -20,7 +20,6 @@ Cost per step: a pass over the weights, once. Rounding without training costs ac
 
 import json
 from collections.abc import Mapping
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sterna.value_sets import TERNARY, Grids, Sets, check_sets, choose, nearest
+from sterna.surgery.program import copied
+from sterna.value_sets import TERNARY, Grids, Sets, check_sets, choose, nearest, require_plain
 
 Codes = UInt8[Tensor, " n"]
 Bytes = UInt8[Tensor, " bytes"]
@@ -125,7 +125,8 @@ def ternarise(model: nn.Module, *, sets: Sets = TERNARY) -> tuple[nn.Module, Rou
         sets: one set for all weights, or pairs of a pattern of parameter names and its set.
 
     Raises:
-        ValueError: a pattern matches nothing; a weight is not finite.
+        Refused: the model cannot be copied.
+        ValueError: a pattern matches nothing; a weight is not finite or has a parametrization.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -134,10 +135,12 @@ def ternarise(model: nn.Module, *, sets: Sets = TERNARY) -> tuple[nn.Module, Rou
         (True, ['0.weight', '2.weight'])
     """
     check_sets(sets, "ternarise")
-    out = deepcopy(model)
+    out = copied(model)
     named = dict(out.named_parameters())
+    chosen = choose(sets, named, "ternarise")
+    require_plain(chosen, "ternarise")
     grids, error = {}, {}
-    for name, values in choose(sets, named, "ternarise").items():
+    for name, values in chosen.items():
         weight = named[name]
         codes, grid = values.round(weight.detach(), name)
         rounded, size = grid[codes.long()], float(weight.double().square().sum())
@@ -234,6 +237,7 @@ def load_packed(path: Path | str, model: nn.Module) -> tuple[nn.Module, Grids]:
         model: a module of the architecture that was stored; its weights do not matter.
 
     Raises:
+        Refused: the model cannot be copied.
         ValueError: the file is not of that kind, is damaged, or is of another architecture.
 
     Example:
@@ -247,13 +251,13 @@ def load_packed(path: Path | str, model: nn.Module) -> tuple[nn.Module, Grids]:
     """
     tensors, described = _read(path)
     grids: dict[str, tuple[float, ...]] = {}
+    out = copied(model)
     try:
         for name, about in described.items():
             grid, num = tensors.pop(name + _GRID), torch.Size(about["shape"]).numel()
             codes = unpack(tensors[name], num, about["base"]).long()
             tensors[name] = grid[codes].view(about["shape"])
             grids[name] = tuple(grid.tolist())
-        out = deepcopy(model)
         missing, unknown = out.load_state_dict(tensors, strict=False)
     except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
