@@ -27,6 +27,7 @@ from results import write
 from sterna.data import ptb
 from sterna.export.timing import time_models
 from sterna.models import LSTMLanguageModel
+from sterna.procedures.scratch import from_scratch
 from sterna.procedures.sparsify import sparsify
 from sterna.procedures.training import Training
 from sterna.randomness import isolated
@@ -48,14 +49,10 @@ THEN = DENSE / (DENSE + PENALISED + FINETUNED)
 """How far the one descent of the rate, which every network goes through, has come by then."""
 
 
-def from_scratch(shape: nn.Module, training: Training, seed: int) -> nn.Module:
-    """The control: the same layers with fresh weights, for as many epochs in all."""
-    model = deepcopy(shape)
-    with isolated(seed, "iss", "scratch"):
-        for parameter in model.parameters():
-            nn.init.uniform_(parameter, -SPREAD, SPREAD)
-    training.fit(model, DENSE + PENALISED + FINETUNED, phase="scratch")
-    return model
+def draw(module: nn.Module) -> None:
+    """As `LSTMLanguageModel` draws its weights."""
+    for parameter in module.parameters(recurse=False):
+        nn.init.uniform_(parameter, -SPREAD, SPREAD)
 
 
 def arms(training: Training, seed: int) -> dict[str, Any]:
@@ -77,7 +74,9 @@ def arms(training: Training, seed: int) -> dict[str, Any]:
             finetune_epochs=FINETUNED,
             layers=("lstm.*",),
         )
-        models[f"scratch, as {name}"] = from_scratch(models[name], training, seed)
+        models[f"scratch, as {name}"] = from_scratch(
+            models[name], training, epochs=DENSE + PENALISED + FINETUNED, draw=draw
+        )
     timings = time_models(
         models, training.data.test.inputs[:1], batch=1, threads=1, engines=["onnxruntime"]
     )

@@ -28,6 +28,7 @@ from results import write
 from sterna.data import mnist
 from sterna.export.timing import time_models
 from sterna.models import LeNet5
+from sterna.procedures.scratch import from_scratch
 from sterna.procedures.sparsify import Sparsified, sparsify
 from sterna.procedures.structures import Structures
 from sterna.procedures.training import Training
@@ -62,17 +63,6 @@ def of_least_magnitude(dense: nn.Module, training: Training, widths: Mapping[str
     small, _ = shrink(dense, training.example, keep)
     training.fit(small, PENALISED + FINETUNED, phase="magnitude")
     return small
-
-
-def from_scratch(shape: nn.Module, training: Training, seed: int) -> nn.Module:
-    """The control: the same layers with fresh weights, for as many epochs in all."""
-    model = deepcopy(shape)
-    with isolated(seed, "ssl", "scratch"):
-        for module in model.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
-                module.reset_parameters()
-    training.fit(model, DENSE + PENALISED + FINETUNED, phase="scratch")
-    return model
 
 
 def tuned(training: Training) -> dict[str, Any]:
@@ -112,7 +102,9 @@ def arms(training: Training, seed: int, strength: float) -> dict[str, Any]:
     training.fit(models["dense"], PENALISED + FINETUNED, phase="dense, further")
     models["SSL"], report = cut(start, training, strength)
     models["magnitude, as SSL"] = of_least_magnitude(start, training, report.widths)
-    models["scratch, as SSL"] = from_scratch(models["SSL"], training, seed)
+    models["scratch, as SSL"] = from_scratch(
+        models["SSL"], training, epochs=DENSE + PENALISED + FINETUNED
+    )
     timings = time_models(
         models, training.data.test.inputs[:64], batch=64, threads=1, engines=["onnxruntime"]
     )

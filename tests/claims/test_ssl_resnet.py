@@ -31,6 +31,7 @@ from sterna.data import cifar10
 from sterna.export.timing import time_models
 from sterna.models import ResNet
 from sterna.objectives import Augment, CrossEntropy
+from sterna.procedures.scratch import from_scratch
 from sterna.procedures.sparsify import sparsify
 from sterna.procedures.training import Training
 from sterna.randomness import isolated
@@ -57,17 +58,12 @@ def fresh(seed: int) -> nn.Module:
         return ResNet(depth=20, shortcut="B")
 
 
-def from_scratch(shape: nn.Module, training: Training, seed: int) -> nn.Module:
-    """The control: the same layers with fresh weights, drawn as `ResNet` draws them."""
-    model = deepcopy(shape)
-    with isolated(seed, "ssl", "scratch"):
-        for module in model.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-            elif isinstance(module, nn.Linear | nn.BatchNorm2d):
-                module.reset_parameters()
-    training.fit(model, DENSE + PENALISED + FINETUNED, phase="scratch")
-    return model
+def draw(module: nn.Module) -> None:
+    """As `ResNet` draws its weights."""
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+    elif isinstance(module, nn.Linear | nn.BatchNorm2d):
+        module.reset_parameters()
 
 
 def peer(dense: nn.Module, training: Training, ratio: float) -> nn.Module:
@@ -124,7 +120,9 @@ def arms(training: Training, seed: int) -> dict[str, Any]:
                 **options,
             )
             models[f"Torch-Pruning {name}"] = peer(start, training, ratio)
-            models[f"scratch, as {ssl}"] = from_scratch(models[ssl], training, seed)
+            models[f"scratch, as {ssl}"] = from_scratch(
+                models[ssl], training, epochs=DENSE + PENALISED + FINETUNED, draw=draw
+            )
         models["SSL depth"], reports["SSL depth"] = sparsify(
             start,
             training,
