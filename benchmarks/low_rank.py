@@ -19,8 +19,8 @@ from results import write
 from sterna.export.timing import Engine, time_models
 from sterna.models import LeNet5, ResNet
 from sterna.randomness import generator, isolated
-from sterna.surgery import low_rank
 from sterna.surgery.factorise import Form
+from sterna.surgery.low_rank import low_rank
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[str, ...]]] = {
     "LeNet": (LeNet5, (1, 28, 28), ("conv2", "fc1")),
