@@ -45,6 +45,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/server.py
 	$(BIN)/python benchmarks/entropy.py
+	$(BIN)/python benchmarks/low_rank.py
 	$(BIN)/python benchmarks/recovery.py
 	$(BIN)/python benchmarks/links.py --mbit 100,1000 --loopback
 
