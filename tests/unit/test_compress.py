@@ -28,7 +28,7 @@ from sterna.runs.multiply_adds import multiply_adds
 from sterna.runs.request import Request
 from sterna.runs.subject import NotNamed, of_module, of_run
 from sterna.runs.worker import work
-from sterna.surgery import Description, shrink
+from sterna.surgery import Description, couple, shrink
 from sterna.surgery.description import load
 from sterna.surgery.low_rank import low_rank
 from sterna.surgery.ternary import load_packed
@@ -235,9 +235,40 @@ def test_low_rank_candidates_load_again(subject, small_training, tmp_path):
 
 def test_low_rank_stops_at_what_can_be_met(subject, small_training):
     way = compressors.LowRank(shares=(0.5, 0.001), finetune_epochs=0)
-    assert [c.label for c in way.candidates(subject.model, small_training)] == ["50% of work"]
+    stops_at_what_can_be_met(way, subject.model, small_training)
+
+
+def test_ssl_stops_at_what_can_be_met(subject, small_training):
+    way = compressors.Ssl(shares=(0.5, 0.001), epochs=1, finetune_epochs=0)
+    stops_at_what_can_be_met(way, subject.model, small_training)
+
+
+def stops_at_what_can_be_met(way, model, training):
+    """What was found before stays; that there is no more is said in words of the command line."""
+    said: list[str] = []
+    assert [c.label for c in way.candidates(model, training, said.append)] == ["50% of work"]
+    (line,) = said
+    assert line.startswith("0% of work and less is not tried: --shares 0.001 cannot be met: with")
     with pytest.raises(ValueError, match="cannot be met"):
-        list(replace(way, shares=(0.001,)).candidates(subject.model, small_training))
+        list(replace(way, shares=(0.001,)).candidates(model, training))
+
+
+def test_a_mild_penalty_leaves_the_size_to_the_share(subject, small_training):
+    way = compressors.Ssl(shares=(0.75, 0.5), epochs=2, finetune_epochs=0, round_to=1)
+    dense = couple(subject.model, small_training.example).multiply_adds
+    for share, candidate in zip(
+        (0.75, 0.5), way.candidates(subject.model, small_training), strict=True
+    ):
+        left = couple(candidate.model, small_training.example).multiply_adds / dense
+        assert share - 0.1 < left <= share
+
+
+def test_the_same_widths_are_not_tried_again(subject, small_training):
+    said: list[str] = []
+    way = compressors.Magnitude(shares=(0.5, 0.48, 0.25), finetune_epochs=0, round_to=16)
+    found = list(way.candidates(subject.model, small_training, said.append))
+    assert [c.label for c in found] == ["50% of units", "25% of units"]
+    assert said == ["48% of units: the same widths again, in multiples of 16; not tried"]
 
 
 def test_ternary_candidates_are_packed(small_training, tmp_path):
@@ -248,9 +279,11 @@ def test_ternary_candidates_are_packed(small_training, tmp_path):
     said: list[str] = []
     way = compressors.Ternary(passes=1)
     five, three, rounded = way.candidates(model.eval(), training, said.append)
-    assert [line[:19] for line in said] == [
+    assert [line.partition(":")[0] for line in said] == [
+        "five values, at most 1 passes over the weights",
         "five values, pass 1",
-        "ternary, pass 1: " + said[1][17:19],
+        "ternary, at most 1 passes over the weights",
+        "ternary, pass 1",
     ]
     assert three.label == "ternary" and three.bits < five.bits and rounded.bits == three.bits
     assert three.accuracy >= rounded.accuracy - 0.05

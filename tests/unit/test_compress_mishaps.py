@@ -20,8 +20,8 @@ from sterna.randomness import isolated
 from sterna.runs import compress as compress_module
 from sterna.runs import compressors, written
 from sterna.runs import subject as subject_module
+from sterna.runs.candidate import Candidate
 from sterna.runs.compress import Bench, compress
-from sterna.runs.compressors import Candidate
 from sterna.runs.experiment import resolve
 from sterna.runs.files import StoreError, write_json
 from sterna.runs.request import Request, build
@@ -172,7 +172,7 @@ def test_equal_labels_keep_their_own_timings(subject, tmp_path):
 
 
 def test_labels_get_the_digits_that_tell_them_apart(subject):
-    way = compressors.Magnitude(shares=(0.504, 0.5, 0.25, 0.5), finetune_epochs=0)
+    way = compressors.Magnitude(shares=(0.504, 0.5, 0.25, 0.5), finetune_epochs=0, round_to=1)
     found = [c.label for c in way.candidates(subject.model, subject.training)]
     assert found == ["50.4% of units", "50.0% of units", "25.0% of units"]
     assert compressors._labels([0.1, 0.2], lambda x, more: f"{x:.{2 + more}g}") == ["0.1", "0.2"]

@@ -508,7 +508,10 @@ def test_hidden_units_of_an_lstm_go() -> None:
         ({"depth": 1.0}, "depth must be 0 for Sequential: no residual block"),
         ({"epochs": 0}, "epochs must be at least 1"),
         ({"multiply_adds": 1.0}, r"multiply_adds must be a share in \(0, 1\)"),
-        ({"multiply_adds": 1e-4}, "multiply_adds cannot be met: 0.0001 .* is left. Ask for more"),
+        (
+            {"multiply_adds": 1e-4},
+            r"multiply_adds=0\.0001 cannot be met: .* are left. Ask for that",
+        ),
         ({"vanished": 1.0}, r"vanished must lie in \[0, 1\)"),
         ({"layers": ("conv9",)}, "layers and exclude must fit a group or a block; got 'conv9'"),
         ({"factors": (("conv9", 1.0),)}, "factors must fit a group or a block; got 'conv9'"),

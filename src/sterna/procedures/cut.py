@@ -130,9 +130,9 @@ class Cut:
         if least > target:
             left = "; ".join(f"{name!r}: {why}" for name, why in self.found.left.items())
             raise ValueError(
-                f"sparsify: multiply_adds cannot be met: {target / dense:.3g} of the dense model's was "
-                f"asked for, and with one unit in each layer, rounded up to {self.round_to}, "
-                f"{least / dense:.3g} is left. Ask for more, or lower round_to."
+                f"sparsify: multiply_adds={target / dense:.4g} cannot be met: with one unit in each layer, "
+                f"rounded up to {self.round_to}, {least / dense:.4f} of the {dense} multiply-adds are left. "
+                "Ask for that or more, or lower round_to."
                 + (f" Left alone: {left}." if left else "")
             )
 

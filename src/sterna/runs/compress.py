@@ -27,8 +27,8 @@ from sterna.export.onnx import onnx_bytes, require_packages
 from sterna.export.runtime import ExportError
 from sterna.export.timing import Engine, Timing, Timings, time_models
 from sterna.randomness import generator
+from sterna.runs.candidate import Candidate, Compressor, control_of, stored_bits
 from sterna.runs.compressed_report import page
-from sterna.runs.compressors import Candidate, Compressor, control_of, stored_bits
 from sterna.runs.figures import percent
 from sterna.runs.files import StoreError, read_json, write_json, write_whole
 from sterna.runs.kept import Layer, kept_by_layer

@@ -100,8 +100,8 @@ def best_reached(outcome: "Outcome") -> str:
     real = real or [t for t in outcome.tried if t.bits < summary["model_bits_dense"]]
     if not real:
         return (
-            f"No candidate removed anything, so nothing is within {kept}. Ask for more: see the flags that "
-            "the method reads in `sterna compress --help`, --multiple-of above all."
+            f"No candidate removed anything, so nothing is within {kept}. `--shares 0.5` cuts to a size, "
+            "with --method ssl, magnitude or low-rank; --multiple-of rounds widths up."
         )
     nearest = max(real, key=lambda t: t.accuracy)
     lost = 100 * (summary["validation_accuracy_dense"] - nearest.accuracy)

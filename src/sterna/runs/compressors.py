@@ -5,10 +5,9 @@ surgery do the work; here they are tried over a range, and what comes out is bro
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, TypeAlias
 
 import torch
 from torch import nn
@@ -19,60 +18,19 @@ from sterna.procedures.sparsify import sparsify
 from sterna.procedures.structures import Structures, branch_ends
 from sterna.procedures.training import Training
 from sterna.randomness import generator
-from sterna.runs.noted import noted
+from sterna.runs.candidate import Candidate, Candidates, Say, nothing, stored_bits
+from sterna.runs.noted import in_flags, noted
 from sterna.solvers.conntra import CoNNTrA
 from sterna.surgery.description import Description, save
 from sterna.surgery.factorise import Form
-from sterna.surgery.program import copied
 from sterna.surgery.shrink import shrink
 from sterna.surgery.ternary import save_packed, ternarise
 from sterna.value_sets import TERNARY, Grids, ValueSet
 
-
-@dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """A compressed model.
-
-    Args:
-        label: which hyperparameter made it.
-        model: plain torch.
-        accuracy: on the validation part, in [0, 1].
-        write: writes its weights, and what is needed to load them again, to a path.
-        bits: what the weights take when they are stored.
-        changed: whether anything was removed at all.
-        notes: what the library warned of.
-    """
-
-    label: str
-    model: nn.Module
-    accuracy: float
-    write: Callable[[Path], None]
-    bits: int
-    changed: bool
-    notes: tuple[str, ...] = ()
-
-
-_NAMED = 3  # weights that a note names
-
-Candidates: TypeAlias = Iterator[Candidate]
-Say: TypeAlias = Callable[[str], object]
-
-
-def _nothing(text: str) -> None:
-    """Tells nobody."""
-
-
-class Compressor(Protocol):
-    """A way to compress."""
-
-    @property
-    def by_size(self) -> bool:
-        """Whether what is gained is storage; otherwise time."""
-        ...
-
-    def candidates(self, model: nn.Module, training: Training, say: Say = _nothing) -> Candidates:
-        """From the least compressed to the most; the model is not changed. ``say`` is told of progress."""
-        ...
+_NAMED = 3
+"""Weights that a note names."""
+_MILD = 0.25
+"""Strength beside shares, over that at which units vanish: it says which go, and the share how many."""
 
 
 def _labels(values: Sequence[float], write: Callable[[float, int], str]) -> list[str]:
@@ -83,6 +41,13 @@ def _labels(values: Sequence[float], write: Callable[[float, int], str]) -> list
         if len(set(found)) == len(found):
             break
     return found
+
+
+def _unmet(error: ValueError, label: str, labels: Sequence[str], say: Say) -> None:
+    """Say that a target, and so what is more compressed, cannot be met; raise if it is the first."""
+    if label == labels[0] or "cannot be met" not in str(error):
+        raise error
+    say(f"{label} and less is not tried: {in_flags(str(error))}")
 
 
 def _shares(who: str, shares: Sequence[float]) -> None:
@@ -98,7 +63,7 @@ class Ssl:
 
     Args:
         strengths: of the penalty; empty: six around that which lets a unit of mean length vanish just at
-            the end, if the loss does not hold it; with ``shares`` that one alone.
+            the end, if the loss does not hold it; with ``shares`` a quarter of that one alone.
         shares: of the multiply-adds that may be left, a candidate for each, with one strength for all.
         depth: strength for whole residual blocks over that for units; 0 keeps them.
         epochs: with the penalty, at least 1.
@@ -131,7 +96,7 @@ class Ssl:
         if self.epochs < 1:
             raise ValueError(f"Ssl: epochs must be at least 1; got {self.epochs}.")
 
-    def candidates(self, model: nn.Module, training: Training, say: Say = _nothing) -> Candidates:
+    def candidates(self, model: nn.Module, training: Training, say: Say = nothing) -> Candidates:
         """One for each strength, or for each share."""
         if self.depth > 0 and not branch_ends(model, training.example):
             raise ValueError(
@@ -143,23 +108,27 @@ class Ssl:
         tried: list[tuple[float, float | None]] = [(strength, None) for strength in strengths]
         labels = _labels(strengths, lambda s, more: f"strength {s:.{2 + more}g}")
         if shares:
-            strength = strengths[0] if self.strengths else 1 / self._way(training)
+            strength = strengths[0] if self.strengths else _MILD / self._way(training)
             tried = [(strength, share) for share in shares]
             labels = _labels(shares, lambda s, more: f"{s:.{more}%} of work")
         for (strength, share), label in zip(tried, labels, strict=True):
             with noted() as notes:
-                small, report = sparsify(
-                    model,
-                    training,
-                    strength=strength,
-                    multiply_adds=share,
-                    depth=self.depth * strength,
-                    epochs=self.epochs,
-                    finetune_epochs=self.finetune_epochs,
-                    round_to=self.round_to,
-                    rate=self.rate,
-                    finetune_rate=self.rate,
-                )
+                try:
+                    small, report = sparsify(
+                        model,
+                        training,
+                        strength=strength,
+                        multiply_adds=share,
+                        depth=self.depth * strength,
+                        epochs=self.epochs,
+                        finetune_epochs=self.finetune_epochs,
+                        round_to=self.round_to,
+                        rate=self.rate,
+                        finetune_rate=self.rate,
+                    )
+                except ValueError as error:
+                    _unmet(error, label, labels, say)
+                    return
             changed = report.parameters_after < report.parameters_before
             found = report.finetuned.accuracy
             yield _described(label, small, found, report.description, changed, notes)
@@ -203,9 +172,10 @@ class Magnitude:
     def __post_init__(self) -> None:
         _shares("Magnitude", self.shares)
 
-    def candidates(self, model: nn.Module, training: Training, say: Say = _nothing) -> Candidates:
+    def candidates(self, model: nn.Module, training: Training, say: Say = nothing) -> Candidates:
         """One for each share."""
         lengths = Structures.of(model, training.example).norms(model)
+        widths: Mapping[str, tuple[int, int]] = {}
         shares = sorted(set(self.shares), reverse=True)
         labels = _labels(shares, lambda s, more: f"{s:.{more}%} of units")
         for share, label in zip(shares, labels, strict=True):
@@ -215,6 +185,12 @@ class Magnitude:
             }
             with noted() as notes:
                 small, report = shrink(model, training.example, keep, round_to=self.round_to)
+                if report.widths and report.widths == widths:
+                    say(
+                        f"{label}: the same widths again, in multiples of {self.round_to}; not tried"
+                    )
+                    continue
+                widths = report.widths
                 training.settle(small)
                 training.fit(small, self.finetune_epochs, phase="finetune", rate=self.rate)
             found = training.judge(small).accuracy
@@ -253,7 +229,7 @@ class LowRank:
         if not math.isfinite(self.force):
             raise ValueError(f"LowRank: force must be finite; got {self.force!r}.")
 
-    def candidates(self, model: nn.Module, training: Training, say: Say = _nothing) -> Candidates:
+    def candidates(self, model: nn.Module, training: Training, say: Say = nothing) -> Candidates:
         """One for each share that can be met."""
         shares = sorted(set(self.shares), reverse=True)
         labels = _labels(shares, lambda s, more: f"{s:.{more}%} of work")
@@ -269,13 +245,12 @@ class LowRank:
             multiple_of=self.round_to,
             finetune_rate=self.rate,
         )
-        for num, label in enumerate(labels):
+        for label in labels:
             with noted() as notes:
                 try:
                     small, report = next(found)
                 except ValueError as error:
-                    if num == 0 or "cannot be met" not in str(error):
-                        raise
+                    _unmet(error, label, labels, say)
                     return
             factored = {name: (rank, self.form) for name, rank in report.cut.ranks.items()}
             yield _described(
@@ -309,7 +284,7 @@ class Ternary:
     def __post_init__(self) -> None:
         CoNNTrA(passes=self.passes, batch_size=self.batch_size)
 
-    def candidates(self, model: nn.Module, training: Training, say: Say = _nothing) -> Candidates:
+    def candidates(self, model: nn.Module, training: Training, say: Say = nothing) -> Candidates:
         """Five values, three values, and three by rounding alone."""
         five = ValueSet(values=(-2.0, -1.0, 0.0, 1.0, 2.0))
         for label, values in (("five values", five), ("ternary", TERNARY)):
@@ -317,6 +292,8 @@ class Ternary:
 
             def tell(text: str, label: str = label) -> None:
                 say(f"{label}, {text}")
+
+            tell(f"at most {self.passes} passes over the weights")
 
             with noted() as notes:
                 small, report = solver(
@@ -386,13 +363,3 @@ def _packed(
         changed=True,
         notes=tuple(notes),
     )
-
-
-def stored_bits(model: nn.Module) -> int:
-    """Bits of a model's parameters and buffers, shared ones counted once."""
-    return sum(8 * x.nbytes for x in (*model.parameters(), *model.buffers()))
-
-
-def control_of(model: nn.Module) -> nn.Module:
-    """A copy of the dense model, to be timed and judged beside the candidates."""
-    return copied(model).eval()

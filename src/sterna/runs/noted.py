@@ -30,5 +30,7 @@ def in_flags(text: str) -> str:
     text = re.sub(r"\b(round_to|multiple_of)\b", "--multiple-of", text)
     text = re.sub(r"\b(?<!-)(strength|depth|epochs)(?= \()", r"--\1", text)
     text = re.sub(r"^(?:Ssl|compress): (depth|validation) must", r"--\1 must", text)
-    text = re.sub(r"^low_rank: multiply_adds=", "--shares ", text).replace(", cut more layers", "")
+    text = re.sub(r"^(?:low_rank|sparsify): multiply_adds=", "--shares ", text).replace(
+        ", cut more layers", ""
+    )
     return re.sub(r"^CoNNTrA:", "--method ternary:", text)
