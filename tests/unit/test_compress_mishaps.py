@@ -210,6 +210,11 @@ def test_flags_that_are_not_read_are_refused(arguments, said, tmp_path):
         compress_command([str(tmp_path), *arguments])
 
 
+def test_a_module_without_its_function_is_asked_for_it():
+    with pytest.raises(UsageError, match=r"my\.py needs the function .*: my\.py:build, say"):
+        compress_command(["my.py", "--weights", "w.safetensors", "--data", "digits"])
+
+
 def spoilt(case: str, path: Path) -> None:
     """A weights file that is broken, or of another model."""
     model = MLP((64, 24, 10)) if case == "shape" else MLP((64, 16, 10))

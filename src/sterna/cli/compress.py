@@ -137,6 +137,8 @@ def _subject(
             )
         except (NotNamed, StoreError) as error:  # all of it was named on the command line
             raise UsageError(str(error)) from None
+    if text.endswith(".py"):
+        raise UsageError(f"{text} needs the function that builds the model: {text}:build, say.")
     for name in ONLY_OF_MODULES:
         if getattr(flags, name, None) is not None:
             raise UsageError(

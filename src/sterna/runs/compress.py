@@ -189,7 +189,7 @@ def compress(
         say(f"{candidate.label}: {percent(candidate.accuracy)}, {left:.1%} of the parameters")
         misses = 0 if candidate.accuracy >= least else misses + 1
         if misses == 2 and not compressor.by_size:
-            say("two in a row lose too much: what is more compressed is not tried")
+            say("two in a row lose too much: the trying ends here")
             break
     models = {str(i): c.model for i, c in enumerate(candidates) if c.changed}
     timed = _seconds(dense, models, example, bench)

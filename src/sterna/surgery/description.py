@@ -198,7 +198,8 @@ def load(original: nn.Module, path: Path) -> nn.Module:
     if header is None:
         raise ValueError(
             f"load: {path} holds no description of a shrunk model. A file of plain weights loads with "
-            "model.load_state_dict(safetensors.torch.load_file(path))."
+            "model.load_state_dict(safetensors.torch.load_file(path)), one of few values with "
+            "sterna.surgery.ternary.load_packed(path, model)."
         )
     try:
         plain = json.loads(header)
