@@ -1,7 +1,7 @@
 """ISS: hidden units of an LSTM language model on the Penn Treebank go; what that costs and gains.
 
 Claim, for 2 layers of 200 units: with at least half of the hidden units gone, inference is at least 3 times
-faster in ONNX Runtime (batch 1, one thread), at a test perplexity at most 12 % above the dense network's.
+faster in ONNX Runtime (batch 1, one thread), at a test perplexity at most 6 % above the dense network's.
 Beside it the shape that came out, trained from scratch for as many epochs in all. The published 1 % does
 not hold at this size, a fifteenth of the text and ten epochs.
 
@@ -178,7 +178,9 @@ def test_hidden_units_go(shared_data: Path) -> None:
             x["perplexity"] / r["dense"]["perplexity"] for x, r in zip(own, runs, strict=True)
         )
         faster[share] = fmean(x["faster"] or 0.0 for x in own)
-        assert gap <= 1.12, (share, gap)
+        assert gap <= 1.06, (share, gap)
+        scratch = [run[f"scratch, as {named(share)}"] for run in runs]
+        assert fmean(x["perplexity"] for x in own) < fmean(x["perplexity"] for x in scratch)
     deepest = [run[named(min(SHARES))] for run in runs]
     assert fmean(sum(x["widths"]) for x in deepest) <= 0.5 * 2 * HIDDEN
     assert max(faster.values()) >= 3.0, faster
