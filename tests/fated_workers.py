@@ -26,7 +26,7 @@ from sterna.randomness import generator
 from sterna.runs.request import Request
 from sterna.runs.run import Run
 from sterna.runs.worker import work
-from sterna.seams import Exchange
+from sterna.seams import Exchange, PeerLost
 
 WORKERS = 3
 STEPS = 24  # 2 epochs of 12
@@ -183,3 +183,19 @@ def loses_contact(rank: int, pipe: Connection) -> None:
         os._exit(9)
     pipe.send_bytes(pickle.dumps(Lost("no contact")))
     time.sleep(60)
+
+
+def meets_after_a_failure(rank: int, folder: Path) -> None:
+    """Rank 0 waits in vain for somebody first, then both meet."""
+    torch.set_num_threads(1)
+    if rank == 0:
+        try:
+            Member.join(0, 2, folder / "first", timeout_s=1.0)
+        except PeerLost:
+            pass
+        else:
+            os._exit(2)
+    comm = Member.join(rank, 2, folder / "second", timeout_s=15.0)
+    total = float(comm.sum_(torch.ones(1)))
+    comm.close()
+    os._exit(0 if total == 2.0 else 3)

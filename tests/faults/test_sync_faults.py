@@ -1,6 +1,7 @@
 """A lost worker ends neither a synchronous run nor anybody's state: the bits are those of a quiet run."""
 
 import json
+import multiprocessing
 import signal
 from collections.abc import Callable
 from itertools import pairwise
@@ -146,6 +147,20 @@ def test_restarts_are_bounded() -> None:
     assert failure.value.lost and len(said) == 2
     with pytest.raises(ValueError, match="max_restarts must be 0 or more; got -1"):
         launch(fated_workers.dies_always, workers=2, max_restarts=-1)
+
+
+def test_who_could_not_meet_once_meets_those_who_are_new(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("forkserver")
+    workers = [
+        context.Process(target=fated_workers.meets_after_a_failure, args=(rank, tmp_path))
+        for rank in range(2)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+        worker.kill()
+    assert [worker.exitcode for worker in workers] == [0, 0]
 
 
 def test_a_loop_of_ones_own_goes_on_from_what_it_kept(tmp_path: Path) -> None:

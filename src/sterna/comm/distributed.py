@@ -71,13 +71,19 @@ class Distributed:
             if rank is None or size is None:
                 raise ValueError("Distributed.connect: a store needs rank and size.")
             os.environ["GLOO_SOCKET_IFNAME"] = _loopback()
-            dist.init_process_group(
-                backend,
-                store=dist.FileStore(str(store), size),  # type: ignore[attr-defined]
-                rank=rank,
-                world_size=size,
-                timeout=timeout,
-            )
+            try:
+                dist.init_process_group(
+                    backend,
+                    store=dist.FileStore(str(store), size),  # type: ignore[attr-defined]
+                    rank=rank,
+                    world_size=size,
+                    timeout=timeout,
+                )
+            except Exception:
+                # A failed meeting uses up a number that the group's keys begin with: in the next one this
+                # worker and those that are new would wait for each other under different numbers.
+                dist.distributed_c10d._world.group_count = 0
+                raise
         else:
             dist.init_process_group(backend, timeout=timeout)
         return cls()
