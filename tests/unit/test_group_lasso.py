@@ -10,7 +10,7 @@ from torch.nn.utils import parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sterna.models import LSTMLanguageModel
-from sterna.objectives import CrossEntropy, GroupLasso, Part, cut, proximal_step, zero_groups
+from sterna.objectives import CrossEntropy, GroupLasso, Part, cut, land, proximal_step, zero_groups
 from sterna.objectives.groups import tied_block
 from sterna.randomness import generator, isolated
 from sterna.seams import Batch
@@ -435,6 +435,8 @@ def test_thresholds_are_checked(threshold):
     said = re.escape(f"at least 0 and finite; got {threshold}")
     with pytest.raises(ValueError, match=f"proximal_step: threshold must be {said}"):
         proximal_step(model, GroupLasso(rows=1.0), threshold)
+    with pytest.raises(ValueError, match=f"land: threshold must be {said}"):
+        land(model, GroupLasso(rows=1.0), threshold)
     with pytest.raises(ValueError, match=f"cut: below must be {said}"):
         cut(model, threshold)
 

@@ -10,11 +10,13 @@ Cost: one pass over the penalised weights.
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import nn
 
 from sterna.objectives.group_lasso import GroupLasso
+from sterna.objectives.groups import Block, PerGroup
 
 
 @torch.no_grad()
@@ -36,15 +38,7 @@ def proximal_step(model: nn.Module, penalty: GroupLasso, threshold: float) -> No
         >>> model.weight.tolist()
         [[2.4000000953674316, 3.200000047683716], [0.0, 0.0]]
     """
-    if not 0 <= threshold < math.inf:
-        raise ValueError(
-            f"proximal_step: threshold must be at least 0 and finite; got {threshold!r}."
-        )
-    for block, strength in penalty.blocks(model, writable=True):
-        if block.frozen:
-            continue
-        norms = block.norms()
-        less = threshold * penalty.slope(norms, strength)
+    for block, norms, less in _reached(model, penalty, threshold, "proximal_step"):
         block.scale_(torch.where(norms <= less, 0.0, 1 - less / norms))
 
 
@@ -60,7 +54,7 @@ def land(model: nn.Module, penalty: GroupLasso, threshold: float) -> None:
         threshold: learning rate times coefficient, at least 0.
 
     Raises:
-        ValueError: a layer computes its weight.
+        ValueError: ``threshold`` is negative or not finite, or a layer computes its weight.
 
     Example:
         >>> model = nn.Linear(2, 2, bias=False)
@@ -69,7 +63,17 @@ def land(model: nn.Module, penalty: GroupLasso, threshold: float) -> None:
         >>> model.weight.tolist()
         [[3.0, 4.0], [0.0, 0.0]]
     """
+    for block, norms, less in _reached(model, penalty, threshold, "land"):
+        block.scale_((norms > less).to(norms.dtype))
+
+
+def _reached(
+    model: nn.Module, penalty: GroupLasso, threshold: float, who: str
+) -> Iterator[tuple[Block, PerGroup, PerGroup]]:
+    """Each block that is not frozen, the lengths of its groups, and how far a step goes at each."""
+    if not 0 <= threshold < math.inf:
+        raise ValueError(f"{who}: threshold must be at least 0 and finite; got {threshold!r}.")
     for block, strength in penalty.blocks(model, writable=True):
         if not block.frozen:
             norms = block.norms()
-            block.scale_((norms > threshold * penalty.slope(norms, strength)).to(norms.dtype))
+            yield block, norms, threshold * penalty.slope(norms, strength)
